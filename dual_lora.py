@@ -1,0 +1,737 @@
+"""Dual LoRA in one file: low-rank fine-tuning that says separately how far each weight moves and which way.
+
+    W = W0 + dW,        dW = alpha / sqrt(r1 r2) * ReLU(B A) ⊙ Sign(D C)
+
+    W0 (out, in)    frozen, pre-trained
+    magnitude group A (r1, in), B (out, r1)    ReLU(BA): whether, and how far, each weight moves
+    direction group C (r2, in), D (out, r2)    Sign(DC): forward (+1) or back (-1)
+
+Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402.
+LoRA's update BA has rank r. Here BA and DC have low rank too, but ReLU and Sign act on each entry, and their product is close
+to full rank at LoRA's number of parameters (r1 = r2 = r / 2). Without ReLU and without Sign it is LoHa (FedPara).
+
+Step 0. LoRA starts at dW = 0 by B = 0. Here that would be the end: ReLU'(0) = 0, so with B = 0 (or A = 0) no gradient would
+ever reach A or B. All four matrices are drawn from N(0, init_std^2), dW is not zero, and a factor that grows from 0 to 1 over
+the first steps multiplies it (`set_warmup`): the first forward pass is the pre-trained model's, to the bit. The paper saw training collapse
+without. It is not a learning-rate warm-up: that would leave the random dW standing at full size while nothing learns.
+
+What merging leaves. `merge_adapters` puts W0 + dW into the plain layer that was there before: no cost at inference, no way back.
+
+    model = apply_adapters(model, targets=["q_proj", "v_proj"], r1=4, r2=4)        # freezes all but the adapters
+    for param in model.head.parameters(): param.requires_grad = True               # whatever else is to be trained
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        set_warmup(model, min(1.0, step / 30)); loss = model(batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
+    save_adapter(model, "adapter.pt"); merge_adapters(model)                       # or load_adapter(fresh_model, "adapter.pt")
+
+Needs torch 2.4 or newer and nothing else. Left out on purpose: convolutions and embeddings, quantised weights, several adapters
+on one layer, switching a merged layer back. float16 loss scaling does not suit the method (see SignSTE); bfloat16 does.
+"""
+import contextlib
+import copy
+import math
+import os
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ESTIMATORS = ("clip", "xnor", "identity")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sign and its gradient
+
+
+def sign(x):
+    """+1 where x > 0, else -1. torch.sign would give 0 at 0: a third value, and a weight that no magnitude could move."""
+    return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+
+def estimate(grad, x, ste):
+    """The straight-through gradient: dL/dx from grad = dL/dSign(x), all of one shape."""
+    if ste == "clip":  # the paper's: the gradient itself is clipped, by value, wherever x is
+        return grad.clamp(-1, 1)
+    if ste == "xnor":  # XNOR-Net's: only where x is near enough to zero that the sign could still turn
+        return grad * (x.abs() <= 1)
+    return grad
+
+
+class SignSTE(torch.autograd.Function):
+    """Sign with a straight-through gradient: its true derivative is zero everywhere, so nothing would ever learn.
+
+    The paper's estimator clips by value and therefore knows the scale of the loss: a float16 loss scaler (x 65536) would push
+    every gradient into the clip. Average the loss, do not sum it, and use bfloat16 or float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, ste):
+        ctx.ste = ste
+        ctx.save_for_backward(x)
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return estimate(grad, ctx.saved_tensors[0], ctx.ste), None
+
+
+def sign_ste(x, ste="clip"):
+    """Sign(x), any shape, with the gradient estimator `ste`: clip (the paper's), xnor or identity; else ValueError."""
+    one_of("ste", ste, ESTIMATORS)
+    return SignSTE.apply(x, ste)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+class AdaptedLinear(nn.Linear):
+    """What every method here shares: a linear layer taken over, its weight and bias the same Parameter objects, frozen.
+
+    A Hugging Face `Conv1D` keeps its layout, weight (in, out). Adapter parameters are float32 whatever the base's dtype, and
+    stay so through `model.to(torch.bfloat16)`: a sign taken from rounded factors is another sign.
+    """
+
+    def __init__(self, linear, dropout, **config):
+        check_base("the layer", linear)
+        between("dropout", dropout, 0, 1, "0 <= dropout < 1", top=False)
+        nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.out_features, self.in_features = self.base_weight(linear).shape
+        self.dropout = dropout
+        self.config = dict(config, dropout=dropout)  # what rebuilds this adapter from its file
+        # The layer as it was, without its tensors, for merge_adapters to put back; in a tuple, since it is no submodule.
+        shell = copy.copy(linear)
+        shell._parameters = {}
+        self.plain = (shell,)
+        self.start = {}  # the adapters' first values, (on the CPU), for adapter_report
+        self.train(linear.training)
+
+    def base_weight(self, linear=None):
+        """The frozen weight as (out, in), a view where the layer is a Conv1D."""
+        linear = linear or self
+        return linear.weight.t() if is_conv1d(linear if linear is not self else self.plain[0]) else linear.weight
+
+    def add_adapters(self, **values):
+        """Adapter parameters `lora_NAME` from tensors drawn on the CPU, so that a seed means the same on every device."""
+        for name, value in values.items():
+            setattr(self, f"lora_{name}", nn.Parameter(value.to(self.weight.device)))
+        self.mark_start()
+
+    def mark_start(self):
+        """From here adapter_report counts: what moved, which signs changed."""
+        self.start = {} if self.weight.is_meta else {name: value.detach().cpu().clone() for name, value in self.adapters()}
+        self.last = self.start
+
+    def adapters(self):
+        """(name, parameter) of every adapter parameter."""
+        return [(name, p) for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")]
+
+    def _apply(self, fn, recurse=True):
+        # Module.to, .cuda, .bfloat16 … all pass through here, tensor by tensor.
+        kept = [t for _, p in self.adapters() for t in (p, p.grad) if t is not None] + list(self.buffers(recurse=False))
+
+        def keep_float32(t):
+            out = fn(t)
+            narrowed = out.is_floating_point() and out.dtype.itemsize < 4
+            return t.to(out.device) if narrowed and any(t is k for k in kept) else out
+
+        return super()._apply(keep_float32, recurse)
+
+    def plain_layer(self, weight):
+        """The layer that was taken over, class and layout, with `weight` (out, in) in its place; frozen as it is here."""
+        shell = copy.copy(self.plain[0])
+        weight = weight.t().contiguous() if is_conv1d(shell) else weight
+        shell._parameters = {"weight": nn.Parameter(weight, requires_grad=self.weight.requires_grad), "bias": self.bias}
+        return shell.train(self.training)
+
+    def extra_repr(self):
+        settings = ", ".join(f"{name}={value}" for name, value in self.config.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {settings}"
+
+
+class DualLoRALinear(AdaptedLinear):
+    """F.linear(x, W0 + dW, bias) with dW = alpha / sqrt(r1 r2) * ReLU(B A) ⊙ Sign(D C), times the warm-up factor.
+
+    lora_A (r1, in), lora_B (out, r1), lora_C (r2, in), lora_D (out, r2). `warmup` is a scalar buffer, 1 unless set_warmup says
+    otherwise, not saved. dropout > 0 drops x in the adapter's branch only; W0 x and dW x are then two products, so a step takes
+    five large products instead of three. magnitude="none" leaves out the ReLU, direction="none" the Sign; both: LoHa.
+    ValueError for a rank below 1, alpha or init_std that is not positive, dropout outside [0, 1), an unknown name.
+    """
+
+    def __init__(self, linear, r1=8, r2=8, alpha=16.0, dropout=0.0, ste="clip", init_std=0.02, magnitude="relu", direction="sign"):
+        rank("r1", r1), rank("r2", r2), positive("alpha", alpha), positive("init_std", init_std)
+        one_of("ste", ste, ESTIMATORS), one_of("magnitude", magnitude, ("relu", "none"))
+        one_of("direction", direction, ("sign", "none"))
+        super().__init__(linear, dropout, r1=r1, r2=r2, alpha=alpha, ste=ste, init_std=init_std, magnitude=magnitude,
+                         direction=direction)
+        self.scaling = alpha / math.sqrt(r1 * r2)
+        self.ste, self.magnitude, self.direction = ste, magnitude, direction
+        device, o, i = self.weight.device, self.out_features, self.in_features
+        self.register_buffer("warmup", torch.ones((), device=device), persistent=False)
+        self.off = False  # warmup == 0, noted where asking the tensor would make a GPU wait
+        self.register_buffer("clip_count", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)  # cut, seen
+        # None of the four may start at zero; see "Step 0" at the top.
+        self.add_adapters(A=draw(init_std, r1, i), B=draw(init_std, o, r1), C=draw(init_std, r2, i), D=draw(init_std, o, r2))
+
+    def delta_weight(self):
+        """dW (out, in) in the adapters' dtype, warm-up included, differentiable: the formula as the paper prints it."""
+        BA, DC = exact_product(self.lora_B, self.lora_A), exact_product(self.lora_D, self.lora_C)
+        W_m = BA.relu() if self.magnitude == "relu" else BA
+        W_d = sign_ste(DC, self.ste) if self.direction == "sign" else DC
+        return self.scaling * self.warmup * W_m * W_d
+
+    def forward(self, x):
+        """x (..., in) -> (..., out): F.linear(x, W0 + dW, bias), with what DualLinear below saves in memory."""
+        weight, kind = self.base_weight(), x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        x = x.to(dtype) if autocast else x
+        off = self.is_off()
+        dual = (self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scaling * self.warmup, self.clip_count,
+                dtype, self.magnitude, self.direction, self.ste, off)
+        if off or self.dropout == 0 or not self.training:
+            return DualLinear.apply(x, weight, self.bias, *dual)
+        return F.linear(x, weight, self.bias) + DualLinear.apply(F.dropout(x, self.dropout), None, None, *dual)
+
+    def is_off(self):
+        """Whether nothing needs building because the factor is 0. W0 + 0 dW is the same to the bit, only dearer, which is why
+        compiled code need not ask: a question about a tensor's value would split its graph."""
+        if torch.compiler.is_compiling():
+            return False
+        return self.warmup.item() == 0 if self.warmup.is_cpu else self.off
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The memory-saving backward. The hard thing in this file.
+#
+# Left alone, autograd would keep BA, DC, ReLU(BA), Sign(DC) and W for the backward pass, each as large as W0: five more
+# models. Nothing of that shape needs keeping. BA and DC are formed again when they are needed, which costs 2 out in (r1 + r2)
+# operations against the 2 out in N of each of the three large products for N tokens: y = x W^T, dL/dx = dL/dy W and
+# G = dL/dW = (dL/dy)^T x. Dual LoRA has full fine-tuning's arithmetic and LoRA's memory.
+#
+# ReLU, Sign and the products around them are passes over (out, in), bound by bandwidth. They are made on blocks of rows that
+# stay in the CPU's cache; on a GPU the block only bounds the transient memory.
+#
+# subtle: the sign jumps. BA and DC are formed in float32 proper (no autocast, no TF32), in the same way in forward, backward,
+# merge and report; a rounding that costs LoRA one unit in the last place here turns an entry around, twice its size.
+
+
+@contextlib.contextmanager
+def exact_float32(kind):
+    """Inside, products of float32 matrices on device type `kind` are float32 products, whatever autocast and TF32 say."""
+    backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
+    finer = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]  # torch 2.9 and newer
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the finer switches alone, which have no overall name
+        overall = None
+    autocast_off = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(kind):
+        autocast_off = torch.autocast(kind, enabled=False)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with autocast_off:
+            yield
+    finally:
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for backend, precision in finer:
+            backend.fp32_precision = precision
+
+
+def exact_product(left, right):
+    """left (out, r) @ right (r, in) in float32 proper, as everywhere else."""
+    with exact_float32(left.device.type):
+        return left @ right
+
+
+def row_blocks(B, A):
+    """Slices of the rows of BA, each small enough for the cache, or on a GPU for 64 MB of float32."""
+    rows = max(1, (2**18 if B.device.type == "cpu" else 2**24) // A.shape[1])
+    return [slice(start, start + rows) for start in range(0, B.shape[0], rows)]
+
+
+def parts(A, B, C, D, magnitude, direction):
+    """BA, DC, W_m and W_d of some rows: A (r1, in), B (rows, r1), C (r2, in), D (rows, r2)."""
+    BA, DC = B @ A, D @ C  # (rows, in)
+    return BA, DC, BA.relu() if magnitude == "relu" else BA, sign(DC) if direction == "sign" else DC
+
+
+# Two operators rather than two functions: torch.compile takes them as they are instead of tracing into the switches above.
+OPERATORS = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{OPERATORS}::effective_weight", mutates_args=())
+def effective_weight(weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, magnitude: str,
+                     direction: str, dtype: torch.dtype) -> Tensor:
+    """W0 + scale * W_m ⊙ W_d (out, in), summed in the adapters' dtype and rounded once to `dtype`; dW alone if weight is None."""
+    W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+    with exact_float32(B.device.type):
+        for rows in row_blocks(B, A):
+            _, _, W_m, W_d = parts(A, B[rows], C, D[rows], magnitude, direction)
+            add(weight, W_m * W_d, scale, W, rows)
+    return W
+
+
+def add(weight, moves, scale, W, rows):
+    if weight is None:
+        torch.mul(moves, scale, out=W[rows])
+    else:
+        torch.addcmul(weight[rows], moves, scale, out=W[rows])
+
+
+@torch.library.custom_op(f"{OPERATORS}::backward", mutates_args=("clip_count",))
+def weight_and_gradients(G: Tensor, weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor,
+                         clip_count: Tensor, magnitude: str, direction: str, ste: str, dtype: torch.dtype,
+                         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """W (out, in) again, and dA, dB, dC, dD from G = dL/dW (out, in): METHOD's four lines, a block of rows at a time."""
+    W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+    dA, dB, dC, dD = (torch.zeros_like(M, memory_format=torch.contiguous_format) for M in (A, B, C, D))
+    with exact_float32(B.device.type):
+        for rows in row_blocks(B, A):
+            BA, DC, W_m, W_d = parts(A, B[rows], C, D[rows], magnitude, direction)
+            add(weight, W_m * W_d, scale, W, rows)
+            sG = scale * G[rows].to(A.dtype)
+            g_m = sG * W_d  # g_m = s G ⊙ W_d ⊙ [BA > 0]
+            if magnitude == "relu":
+                g_m *= BA > 0
+            g_d = sG * W_m  # g_d = Clip(s G ⊙ W_m, -1, 1)
+            if direction == "sign":
+                passed = estimate(g_d, DC, ste)
+                clip_count += torch.stack([(passed != g_d).sum(), torch.full_like(clip_count[0], g_d.numel())])
+                g_d = passed
+            dB[rows] = g_m @ A.t()
+            dA += B[rows].t() @ g_m
+            dD[rows] = g_d @ C.t()
+            dC += D[rows].t() @ g_d
+    return W, dA, dB, dC, dD
+
+
+@effective_weight.register_fake
+def _(weight, A, B, C, D, scale, magnitude, direction, dtype):
+    return B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+
+
+@weight_and_gradients.register_fake
+def _(G, weight, A, B, C, D, scale, clip_count, magnitude, direction, ste, dtype):
+    return (B.new_empty(B.shape[0], A.shape[1], dtype=dtype), *(torch.empty_like(M) for M in (A, B, C, D)))
+
+
+class DualLinear(torch.autograd.Function):
+    """y = x (W0 + dW)^T + bias, keeping x, W0 and the four small matrices for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, C, D, scale, clip_count, dtype, magnitude, direction, ste, off):
+        ctx.settings, ctx.dtype, ctx.off, ctx.clip_count = (magnitude, direction, ste), dtype, off, clip_count
+        ctx.save_for_backward(x, weight, A, B, C, D, scale)
+        W = weight if off else effective_weight(weight, A, B, C, D, scale, magnitude, direction, dtype)
+        return F.linear(x, W, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, weight, A, B, C, D, scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *needs_adapters = ctx.needs_input_grad[:7]
+        rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
+        G = rows.t() @ columns if needs_weight or (any(needs_adapters) and not ctx.off) else None  # (out, in)
+        adapters = [torch.zeros_like(M) for M in (A, B, C, D)]  # a factor of 0 gives gradients of 0, not None
+        W = weight
+        if not ctx.off and any(needs_adapters):
+            W, *adapters = weight_and_gradients(G, weight, A, B, C, D, scale, ctx.clip_count, *ctx.settings, ctx.dtype)
+        elif not ctx.off and needs_x:
+            W = effective_weight(weight, A, B, C, D, scale, *ctx.settings[:2], ctx.dtype)
+        return (gy @ W.to(gy.dtype) if needs_x else None, G if needs_weight else None, rows.sum(0) if needs_bias else None,
+                *(grad if needed else None for grad, needed in zip(adapters, needs_adapters)), *[None] * 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verbs
+
+
+def apply_adapters(model, targets, layer=DualLoRALinear, **kwargs):
+    """Freeze `model` and put a `layer` with settings `kwargs` in the place of every linear layer named in `targets`; returns model.
+
+    targets: a name or several; each matches modules whose name's last component, or dotted suffix, is exactly that ("q_proj",
+    "attn.c_attn"). Adapters from an earlier call stay trainable. ValueError (TypeError for a quantised weight), before anything
+    in the model has changed, for a target that matches no linear layer, a layer that has an adapter already, whose weight is
+    shared, or whose owner reads `.weight` itself, and for settings that `layer` refuses.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and is_linear(m)}
+    if not targets or not all(isinstance(target, str) and target for target in targets):
+        raise ValueError(f"targets is {targets}: give at least one name, of {candidates(linears)}")
+    for target in targets:
+        if not any(matches(name, target) for name in linears):
+            raise ValueError(f"target {target!r} matches no linear layer of this model: choose from {candidates(linears)}")
+    names = [name for name in linears if any(matches(name, target) for target in targets)]
+    install(model, {name: (layer, kwargs) for name in names})
+    return model
+
+
+def set_warmup(model, factor):
+    """Set the factor on dW, 0 to 1, of every Dual LoRA layer in `model`; ValueError outside, or where there is no such layer."""
+    between("the warm-up factor", factor, 0, 1, "from 0 to 1")
+    layers = [m for m in model.modules() if isinstance(m, DualLoRALinear)]
+    if not layers:
+        raise ValueError("set_warmup found no Dual LoRA layer: call apply_adapters first")
+    for layer in layers:
+        layer.warmup.fill_(factor)
+        layer.off = factor == 0
+
+
+def adapter_state_dict(model):
+    """{name: tensor} of the adapters and of whatever else is trainable (a head), on the model's device, not copied."""
+    named = {plain_name(name): p for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in named.items() if p.requires_grad or is_adapter(name)}
+
+
+def save_adapter(model, path):
+    """Write adapter_state_dict(model) and what rebuilds the adapters (targets, settings, warm-up factor) to `path`.
+
+    Whole or not at all: an OSError leaves no file, or the old one. ValueError when the model holds no adapter.
+    """
+    layers = {name: {"layer": type(m).__name__, "settings": m.config, "warmup": float(getattr(m, "warmup", 1.0))}
+              for name, m in adapted_layers(model).items()}
+    state = {name: value.cpu() for name, value in adapter_state_dict(model).items()}
+    save_atomically({"format": FORMAT, "layers": layers, "state": state}, path)
+
+
+def load_adapter(model, path):
+    """Put the adapters of `path` on a fresh base model, or their values into a model that has them already; returns model.
+
+    Strict both ways: names, shapes, kind and settings must agree, else ValueError before anything in the model has changed.
+    Everything in the file becomes trainable, all else of a fresh model is frozen.
+    """
+    layers, state = read_adapter(path)
+    present = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    actual = {plain_name(name): name for name, _ in model.named_modules()}
+    fresh = {}
+    for name, (cls, settings, _) in layers.items():
+        if name not in actual or not is_linear(model.get_submodule(actual[name])):
+            raise ValueError(f"{path} holds an adapter for {name!r}, and this model has no linear layer of that name: "
+                             f"it has {candidates({n: m for n, m in model.named_modules() if is_linear(m)})}")
+        old = present.get(actual[name])
+        if old is None:
+            fresh[actual[name]] = cls, settings
+        elif (type(old), old.config) != (cls, settings):
+            raise ValueError(f"{path}: layer {name!r} is {cls.__name__} with {settings}, the model's is {type(old).__name__} with {old.config}")
+    expected = {name: p.shape for name, p in ((plain_name(n), p) for n, p in model.named_parameters())
+                if name in state or is_adapter(name) or (present and p.requires_grad)}
+    for name, (cls, settings) in fresh.items():
+        base = model.get_submodule(name)
+        out, inn = (base.weight.t() if is_conv1d(base) else base.weight).shape
+        skeleton = cls(nn.Linear(inn, out, bias=False, device="meta"), **settings)
+        expected.update({f"{plain_name(name)}.{key}": p.shape for key, p in skeleton.adapters()})
+    for name in [*state, *expected]:
+        if name not in expected or name not in state:
+            raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, which this model {'lacks' if name in state else 'has'}")
+        if state[name].shape != expected[name]:
+            raise ValueError(f"{path}: {name!r} has shape {tuple(state[name].shape)}, this model wants {tuple(expected[name])}")
+
+    with torch.random.fork_rng(devices=[]):  # the adapters' own draw is overwritten: leave the caller's generator alone
+        install(model, fresh)
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].requires_grad_(True).copy_(value)
+    for name, layer in adapted_layers(model).items():
+        layer.mark_start()
+        if isinstance(layer, DualLoRALinear):
+            set_warmup(layer, layers[name][2])
+    return model
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Every adapted layer becomes the plain layer it was, with W0 + dW; returns model (the plain layer, if model is a layer).
+
+    Summed in float32 and rounded once to the layer's dtype. A bfloat16 weight cannot take up an update below half a unit in its
+    last place: the share of dW's entries that vanished so is printed. Weights stay frozen. There is no way back.
+    """
+    moved = lost = 0
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        base, dW = layer.base_weight(), layer.delta_weight()
+        merged = (base.to(dW.dtype) + dW).to(base.dtype)  # (out, in)
+        moved += (dW != 0).sum().item()
+        lost += ((dW != 0) & (merged == base)).sum().item()
+        if layer is model:
+            model = layer.plain_layer(merged)
+        else:
+            replace(model, name, layer.plain_layer(merged))
+    print(f"merged {len(layers)} layers; rounding lost {100 * lost / max(1, moved):.2f} % of the entries that dW moves")
+    return model
+
+
+@torch.no_grad()
+def adapter_report(model):
+    """A dict per adapted layer, by name, of what its dW (out, in) is like. Shares lie in 0 to 1.
+
+    frozen             entries that the ReLU holds at zero: half of them at the start, by symmetry
+    dead_rows, dead_columns   how many rows and columns of dW have no live entry at all
+    flips_since_last, flips_since_start   signs of DC that changed since the last report and since the start (or the load)
+    clipped            sign gradients that the estimator cut since the last report
+    direction_margin   smallest decile of abs(DC): how near the nearest signs are to turning
+    effective_rank     exp of the entropy of the singular values' shares (Roy and Vetterli 2007)
+    numerical_rank     singular values above 1 % of the largest
+    relative_norm      Frobenius norm of dW over that of W0
+    unmoved            adapter tensors that are still what they were at the start
+    The first five and the margin only where the layer has them. Singular values take seconds a layer at 4096 x 4096.
+    """
+    report = {}
+    for name, layer in adapted_layers(model).items():
+        dW, row = layer.delta_weight(), {}
+        if isinstance(layer, DualLoRALinear):
+            row.update(dual_report(layer))
+        row["effective_rank"], row["numerical_rank"] = ranks(dW)
+        row["relative_norm"] = (dW.norm() / layer.base_weight().to(dW.dtype).norm().clamp(min=1e-30)).item()
+        row["unmoved"] = [key for key, value in layer.adapters() if torch.equal(value.cpu(), layer.start[key])]
+        report[name] = row
+    return report
+
+
+def dual_report(layer):
+    """adapter_report's entries that only Dual LoRA has; what it remembers as `last` moves on."""
+    BA, DC = exact_product(layer.lora_B, layer.lora_A), exact_product(layer.lora_D, layer.lora_C)
+    live = BA > 0 if layer.magnitude == "relu" else torch.ones_like(BA, dtype=torch.bool)
+
+    def flips(then):
+        earlier = exact_product(then["lora_D"].to(DC), then["lora_C"].to(DC))
+        return ((earlier > 0) != (DC > 0)).float().mean().item()
+
+    cut, seen = layer.clip_count.tolist()
+    row = {"frozen": 1 - live.float().mean().item(),
+           "dead_rows": (~live.any(1)).sum().item(), "dead_columns": (~live.any(0)).sum().item(),
+           "flips_since_last": flips(layer.last), "flips_since_start": flips(layer.start), "clipped": cut / max(1, seen),
+           "direction_margin": DC.abs().flatten().kthvalue(math.ceil(DC.numel() / 10)).values.item()}
+    layer.last = {key: value.detach().cpu().clone() for key, value in layer.adapters()}
+    layer.clip_count.zero_()
+    return row
+
+
+def ranks(dW):
+    """(effective rank, numerical rank at 1 %) of dW (out, in); 0 and 0 where dW is zero or not finite."""
+    if not dW.isfinite().all() or not dW.any():
+        return 0.0, 0
+    sigma = torch.linalg.svdvals(dW.float())
+    share = sigma / sigma.sum()
+    return torch.special.entr(share).sum().exp().item(), (sigma > 0.01 * sigma[0]).sum().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding, checking and replacing layers
+
+
+FORMAT = "dual_lora adapter 1"
+
+
+def is_conv1d(module):
+    """Hugging Face's Conv1D (GPT-2), a linear layer with weight (in, out); known by its shape, since it is not ours to import."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module):
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_adapter(name):
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def plain_name(name):
+    """A parameter's or module's name without what torch.compile(model) puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+def matches(name, target):
+    return name == target or name.endswith("." + target)
+
+
+def candidates(linears):
+    """The last components of the names of `linears`, sorted, for an error message."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "nothing: the model has no linear layer"
+
+
+def adapted_layers(model):
+    """{name: layer} of every adapted layer; ValueError when there is none."""
+    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    if not layers:
+        raise ValueError("the model holds no adapter: call apply_adapters or load_adapter first")
+    return layers
+
+
+def replace(model, name, layer):
+    owner, _, child = name.rpartition(".")
+    setattr(model.get_submodule(owner), child, layer)
+
+
+def install(model, chosen):
+    """Put cls(linear, **settings) in place of each named layer of `chosen` {name: (cls, settings)}; checks all, then builds
+    all, then changes the model: freezes what is no adapter, and swaps."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {}
+    for name, module in modules.items():
+        for key, p in module.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append(f"{name}.{key}")
+    for name in chosen:
+        check_base(name, modules[name])
+        check_owner(name, modules[name.rpartition(".")[0]])
+        if len(owners[id(modules[name].weight)]) > 1:
+            raise ValueError(f"{name}: its weight is shared ({' and '.join(owners[id(modules[name].weight)])}), "
+                             f"and an adapter on one would not reach the other")
+    layers = {name: cls(modules[name], **settings) for name, (cls, settings) in chosen.items()}
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_adapter(name) and p.requires_grad)
+    for name, layer in layers.items():
+        replace(model, name, layer)
+
+
+def check_base(name, module):
+    """Raise unless `module` is a plain linear layer whose forward is x W^T + bias with a floating-point weight of its own."""
+    if isinstance(module, AdaptedLinear):
+        raise ValueError(f"{name} has an adapter already ({type(module).__name__}): merge it, or start from a fresh model")
+    if not is_linear(module):
+        raise TypeError(f"{name} is a {type(module).__name__}: adapters go on nn.Linear, or on Hugging Face's Conv1D")
+    if "weight" not in module._parameters:
+        raise ValueError(f"{name}: its weight is computed (a parametrization, or weight norm): remove that first")
+    if not module.weight.is_floating_point():
+        raise TypeError(f"{name}: weight is {str(module.weight.dtype).removeprefix('torch.')}: dequantise first")
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        raise ValueError(f"{name}: {type(module).__name__} computes its forward pass in its own way, which an adapter would replace")
+
+
+def check_owner(name, owner):
+    """Raise where the owner reads the layer's weight and never calls the layer: the adapter would train nothing."""
+    child = name.rpartition(".")[2]
+    if isinstance(owner, nn.MultiheadAttention):
+        raise ValueError(f"{name}: nn.MultiheadAttention reads this weight itself and never calls the layer")
+    if isinstance(owner, nn.TransformerEncoderLayer) and child in ("linear1", "linear2") and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(f"{name}: in evaluation nn.TransformerEncoderLayer reads this weight itself (its fast path); "
+                         f"call torch.backends.mha.set_fastpath_enabled(False) first")
+
+
+def save_atomically(content, path):
+    """torch.save under a temporary name, then rename: at no moment is there half a file under `path`."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def read_adapter(path):
+    """({layer's name: (class, settings, warm-up factor)}, {name: tensor}) of an adapter file; ValueError if it is not a whole one."""
+    classes = {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
+    try:
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds for a file cut short
+        raise ValueError(f"{path} is cut short, or no adapter file: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no adapter file: it should hold {FORMAT!r}, as save_adapter writes it")
+    layers = {name: (classes[row["layer"]], row["settings"], row["warmup"]) for name, row in content["layers"].items()}
+    return layers, content["state"]
+
+
+def draw(std, *shape):
+    return std * torch.randn(*shape, dtype=torch.float32)
+
+
+def rank(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: a rank is a whole number of at least 1")
+
+
+def positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}: it should be a number above 0")
+
+
+def between(name, value, low, high, meaning, top=True):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low <= value < high or (top and value == high)):
+        raise ValueError(f"{name} is {value!r}: it should be {meaning}")
+
+
+def one_of(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: choose from {', '.join(known)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baselines: what Dual LoRA is measured against
+
+
+class LoRALinear(AdaptedLinear):
+    """LoRA (Hu et al., arXiv 2106.09685): y = x W0^T + bias + alpha / r * B A x, lora_A (r, in), lora_B (out, r) = 0 at the start.
+
+    dropout drops x in the adapter's branch. dW is never built: two thin products take its place.
+    """
+
+    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
+        rank("r", r), positive("alpha", alpha)
+        super().__init__(linear, dropout, r=r, alpha=alpha)
+        self.scaling = alpha / r
+        A = nn.init.kaiming_uniform_(torch.empty(r, self.in_features, dtype=torch.float32), a=math.sqrt(5))
+        self.add_adapters(A=A, B=torch.zeros(self.out_features, r, dtype=torch.float32))
+
+    def delta_weight(self):
+        """dW (out, in) in the adapters' dtype, differentiable."""
+        return self.scaling * exact_product(self.lora_B, self.lora_A)
+
+    def branch(self, x):
+        """alpha / r * B A x for x (..., in): (..., out), in the adapters' dtype (autocast's under autocast)."""
+        return self.scaling * F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        base = F.linear(x, self.base_weight(), self.bias)
+        return (base + self.branch(F.dropout(x, self.dropout, self.training))).to(base.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (Liu et al., arXiv 2402.09353): W = m V / |V| with V = W0 + alpha / r * B A, the norm of each row taken as a constant.
+
+    lora_magnitude (out,) starts at the norms of W0's rows. As in the field's reference, dropout acts on x wherever V is used, and
+    the row norms pass no gradient (the paper's section 4.3).
+    """
+
+    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
+        super().__init__(linear, r, alpha, dropout)
+        norms = torch.linalg.norm(self.base_weight().float(), dim=1)  # (out,)
+        self.lora_magnitude = nn.Parameter(norms.detach().clone())
+        self.mark_start()
+
+    def ratio(self):
+        """m / |V| (out,), |V| detached."""
+        V = self.base_weight().to(self.lora_A.dtype) + LoRALinear.delta_weight(self).detach()
+        return self.lora_magnitude / torch.linalg.norm(V, dim=1)
+
+    def delta_weight(self):
+        """dW (out, in) = m V / |V| - W0."""
+        weight = self.base_weight().to(self.lora_A.dtype)
+        return self.ratio()[:, None] * (weight + LoRALinear.delta_weight(self)) - weight
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        weight, ratio = self.base_weight(), self.ratio()
+        base = F.linear(x, weight, self.bias)
+        dropped = F.dropout(x, self.dropout, self.training)
+        if self.training and self.dropout > 0:
+            plain = F.linear(dropped, weight)
+        else:
+            plain = base if self.bias is None else base - self.bias
+        return (base + (ratio - 1) * plain + ratio * self.branch(dropped)).to(base.dtype)
