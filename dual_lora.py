@@ -29,6 +29,7 @@ on one layer, switching a merged layer back. float16 loss scaling does not suit 
 """
 import contextlib
 import copy
+import io
 import math
 import os
 from typing import Optional
@@ -101,20 +102,18 @@ class AdaptedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        self.out_features, self.in_features = self.base_weight(linear).shape
+        self.in_features, self.out_features = in_and_out(linear)
         self.dropout = dropout
         self.config = dict(config, dropout=dropout)  # what rebuilds this adapter from its file
         # The layer as it was, without its tensors, for merge_adapters to put back; in a tuple, since it is no submodule.
         shell = copy.copy(linear)
         shell._parameters = {}
         self.plain = (shell,)
-        self.start = {}  # the adapters' first values, (on the CPU), for adapter_report
         self.train(linear.training)
 
-    def base_weight(self, linear=None):
+    def base_weight(self):
         """The frozen weight as (out, in), a view where the layer is a Conv1D."""
-        linear = linear or self
-        return linear.weight.t() if is_conv1d(linear if linear is not self else self.plain[0]) else linear.weight
+        return self.weight.t() if is_conv1d(self.plain[0]) else self.weight
 
     def add_adapters(self, **values):
         """Adapter parameters `lora_NAME` from tensors drawn on the CPU, so that a seed means the same on every device."""
@@ -123,8 +122,8 @@ class AdaptedLinear(nn.Linear):
         self.mark_start()
 
     def mark_start(self):
-        """From here adapter_report counts: what moved, which signs changed."""
-        self.start = {} if self.weight.is_meta else {name: value.detach().cpu().clone() for name, value in self.adapters()}
+        """From here adapter_report counts: what moved, which signs changed. Kept on the CPU, which has room for it."""
+        self.start = {name: p.detach().to("meta" if p.is_meta else "cpu", copy=True) for name, p in self.adapters()}
         self.last = self.start
 
     def adapters(self):
@@ -187,9 +186,9 @@ class DualLoRALinear(AdaptedLinear):
 
     def forward(self, x):
         """x (..., in) -> (..., out): F.linear(x, W0 + dW, bias), with what DualLinear below saves in memory."""
-        weight, kind = self.base_weight(), x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        weight = self.base_weight()
+        autocast = x.dtype != torch.float64 and autocast_on(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         x = x.to(dtype) if autocast else x
         off = self.is_off()
         dual = (self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scaling * self.warmup, self.clip_count,
@@ -219,6 +218,11 @@ class DualLoRALinear(AdaptedLinear):
 #
 # subtle: the sign jumps. BA and DC are formed in float32 proper (no autocast, no TF32), in the same way in forward, backward,
 # merge and report; a rounding that costs LoRA one unit in the last place here turns an entry around, twice its size.
+
+
+def autocast_on(kind):
+    """Whether autocast is on for device type `kind`; torch 2.4 cannot compile the question whether there is such a thing."""
+    return (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 @contextlib.contextmanager
@@ -401,6 +405,7 @@ def save_adapter(model, path):
     save_atomically({"format": FORMAT, "layers": layers, "state": state}, path)
 
 
+@torch.random.fork_rng(devices=[])  # layers are built here only to be overwritten: the caller's random numbers stay as they were
 def load_adapter(model, path):
     """Put the adapters of `path` on a fresh base model, or their values into a model that has them already; returns model.
 
@@ -408,33 +413,29 @@ def load_adapter(model, path):
     Everything in the file becomes trainable, all else of a fresh model is frozen.
     """
     layers, state = read_adapter(path)
-    present = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    actual = {plain_name(name): name for name, _ in model.named_modules()}
-    fresh = {}
+    linears = {plain_name(name): (name, m) for name, m in model.named_modules() if is_linear(m)}
+    expected, fresh = {}, {}
     for name, (cls, settings, _) in layers.items():
-        if name not in actual or not is_linear(model.get_submodule(actual[name])):
-            raise ValueError(f"{path} holds an adapter for {name!r}, and this model has no linear layer of that name: "
-                             f"it has {candidates({n: m for n, m in model.named_modules() if is_linear(m)})}")
-        old = present.get(actual[name])
-        if old is None:
-            fresh[actual[name]] = cls, settings
+        if name not in linears:
+            raise ValueError(f"{path} holds an adapter for {name!r}, and this model has no such linear layer: it has {candidates(linears)}")
+        actual, old = linears[name]
+        if not isinstance(old, AdaptedLinear):
+            fresh[actual] = cls, settings
+            skeleton = cls(nn.Linear(*in_and_out(old), bias=False, device="meta"), **settings)
+            expected.update({f"{name}.{key}": p.shape for key, p in skeleton.adapters()})
         elif (type(old), old.config) != (cls, settings):
-            raise ValueError(f"{path}: layer {name!r} is {cls.__name__} with {settings}, the model's is {type(old).__name__} with {old.config}")
-    expected = {name: p.shape for name, p in ((plain_name(n), p) for n, p in model.named_parameters())
-                if name in state or is_adapter(name) or (present and p.requires_grad)}
-    for name, (cls, settings) in fresh.items():
-        base = model.get_submodule(name)
-        out, inn = (base.weight.t() if is_conv1d(base) else base.weight).shape
-        skeleton = cls(nn.Linear(inn, out, bias=False, device="meta"), **settings)
-        expected.update({f"{plain_name(name)}.{key}": p.shape for key, p in skeleton.adapters()})
+            raise ValueError(f"{path}: {name!r} is a {cls.__name__} with {settings}; in this model it is a {type(old).__name__} with {old.config}")
+    adapted = any(isinstance(m, AdaptedLinear) for _, m in linears.values())
+    for name, p in model.named_parameters():
+        if plain_name(name) in state or is_adapter(name) or (adapted and p.requires_grad):
+            expected[plain_name(name)] = p.shape
     for name in [*state, *expected]:
         if name not in expected or name not in state:
-            raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, which this model {'lacks' if name in state else 'has'}")
+            raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, which this model {'lacks' if name in state else 'trains'}")
         if state[name].shape != expected[name]:
             raise ValueError(f"{path}: {name!r} has shape {tuple(state[name].shape)}, this model wants {tuple(expected[name])}")
 
-    with torch.random.fork_rng(devices=[]):  # the adapters' own draw is overwritten: leave the caller's generator alone
-        install(model, fresh)
+    install(model, fresh)
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, value in state.items():
@@ -477,7 +478,7 @@ def adapter_report(model):
     flips_since_last, flips_since_start   signs of DC that changed since the last report and since the start (or the load)
     clipped            sign gradients that the estimator cut since the last report
     direction_margin   smallest decile of abs(DC): how near the nearest signs are to turning
-    effective_rank     exp of the entropy of the singular values' shares (Roy and Vetterli 2007)
+    effective_rank     exp of the entropy of the shares that the singular values' squares have in their sum
     numerical_rank     singular values above 1 % of the largest
     relative_norm      Frobenius norm of dW over that of W0
     unmoved            adapter tensors that are still what they were at the start
@@ -509,7 +510,7 @@ def dual_report(layer):
            "dead_rows": (~live.any(1)).sum().item(), "dead_columns": (~live.any(0)).sum().item(),
            "flips_since_last": flips(layer.last), "flips_since_start": flips(layer.start), "clipped": cut / max(1, seen),
            "direction_margin": DC.abs().flatten().kthvalue(math.ceil(DC.numel() / 10)).values.item()}
-    layer.last = {key: value.detach().cpu().clone() for key, value in layer.adapters()}
+    layer.last = {key: p.detach().to("cpu", copy=True) for key, p in layer.adapters()}
     layer.clip_count.zero_()
     return row
 
@@ -519,7 +520,7 @@ def ranks(dW):
     if not dW.isfinite().all() or not dW.any():
         return 0.0, 0
     sigma = torch.linalg.svdvals(dW.float())
-    share = sigma / sigma.sum()
+    share = sigma.square() / sigma.square().sum()
     return torch.special.entr(share).sum().exp().item(), (sigma > 0.01 * sigma[0]).sum().item()
 
 
@@ -546,6 +547,11 @@ def is_adapter(name):
 def plain_name(name):
     """A parameter's or module's name without what torch.compile(model) puts before it."""
     return name.replace("_orig_mod.", "")
+
+
+def in_and_out(linear):
+    """(in, out) of a linear layer or Conv1D."""
+    return tuple(linear.weight.shape) if is_conv1d(linear) else tuple(linear.weight.shape)[::-1]
 
 
 def matches(name, target):
@@ -633,17 +639,22 @@ def save_atomically(content, path):
 def read_adapter(path):
     """({layer's name: (class, settings, warm-up factor)}, {name: tensor}) of an adapter file; ValueError if it is not a whole one."""
     classes = {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
+    with open(path, "rb") as file:
+        whole = io.BytesIO(file.read())
     try:
-        with open(path, "rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        content = torch.load(whole, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file cut short
-        raise ValueError(f"{path} is cut short, or no adapter file: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no adapter file: it should hold {FORMAT!r}, as save_adapter writes it")
-    layers = {name: (classes[row["layer"]], row["settings"], row["warmup"]) for name, row in content["layers"].items()}
-    return layers, content["state"]
+        raise ValueError(f"{path} is cut short, or no adapter file ({type(error).__name__})") from None
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        layers = {name: (classes[row["layer"]], row["settings"], row["warmup"]) for name, row in content["layers"].items()}
+        for cls, settings, factor in layers.values():
+            between("the warm-up factor", factor, 0, 1, "from 0 to 1")
+            cls(nn.Linear(1, 1, device="meta"), **settings)  # settings that make no sense are refused here
+        return layers, {name: value.detach() for name, value in content["state"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no adapter file that save_adapter wrote as {FORMAT!r}: {error}") from None
 
 
 def draw(std, *shape):

@@ -354,13 +354,15 @@ def test_adapters_stay_float32_when_the_model_is_cast(cls):
 
 
 def test_the_clip_is_by_value_and_so_a_loss_scaler_changes_the_update():
-    layer, x = make(r1=2, r2=2), torch.randn(4, 32)
-    (layer(x).sum() * 1e-6).backward()
-    true = layer.lora_C.grad.clone()
-    layer.zero_grad()
-    (layer(x).sum() * 1e-6 * 2**16).backward()
-    assert not torch.allclose(layer.lora_C.grad / 2**16, true) and torch.allclose(layer.lora_C.grad / 2**16, true, atol=1) and \
-        adapter_report(layer)[""]["clipped"] > 0
+    def gradients(scale):
+        layer, x = make(r1=2, r2=2), torch.ones(4, 32)
+        (layer(x).sum() * 1e-4 * scale).backward()
+        return [p.grad / scale for _, p in layer.adapters()], adapter_report(layer)[""]["clipped"]
+
+    (exact, none), (scaled, most) = gradients(1), gradients(2**16)
+    assert none == 0 and most > 0.4  # of the entries, half have W_m = 0 and so no gradient to cut
+    assert all(torch.equal(a, b) for a, b in zip(exact[:2], scaled[:2])), "A and B do not mind a power of two"
+    assert all((a - b).norm() > 0.5 * a.norm() for a, b in zip(exact[2:], scaled[2:])), "C and D do"
 
 
 # Inside other machinery
@@ -639,9 +641,9 @@ def test_a_file_restores_adapters_settings_and_head_to_the_bit(cls, kwargs, tmp_
     for target in (fresh_base(model), apply_adapters(fresh_base(model), ["up_proj", "down_proj"], layer=cls, **kwargs)):
         if any("lora_" in n for n, _ in target.named_parameters()):
             target.head.requires_grad_(True)
-        state = torch.get_rng_state()
+        generator = torch.get_rng_state()
         assert load_adapter(target, path) is target
-        assert torch.equal(state, torch.get_rng_state())
+        assert torch.equal(generator, torch.get_rng_state())
         assert torch.equal(target.eval()(x), model(x)) and target.up_proj.config == model.up_proj.config
         assert {n for n, p in target.named_parameters() if p.requires_grad} == set(adapter_state_dict(model))
     assert [f.name for f in tmp_path.iterdir()] == ["adapter.pt"]
@@ -676,7 +678,8 @@ def rename(content):
     (lambda c: c["layers"]["up_proj"]["settings"].update(rank=3), "rank"),
     (lambda c: c["layers"].update(gate_proj=c["layers"].pop("up_proj")), "gate_proj.*down_proj, head, up_proj"),
     (lambda c: c["layers"]["up_proj"].update(layer="Other"), "Other"),
-    (lambda c: c["layers"]["up_proj"].update(warmup=2.0), "warm-up"),
+    (lambda c: c["layers"]["up_proj"].update(warmup=2.0), "warm-up"), (lambda c: c["layers"].update(up_proj=3), "no adapter file"),
+    (lambda c: c["state"].update(head=3), "no adapter file"),
     (lambda c: c.update(format="x"), "no adapter file"), (lambda c: c.pop("layers"), "no adapter file")])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_file_that_does_not_fit_is_refused_and_the_model_is_left_alone(edit, words, adapted, tmp_path):
@@ -684,7 +687,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_is_left_alone(edit, w
     save_adapter(model, path)
     edited(path, edit)
     target = trained(seed=5) if adapted else fresh_base(model)
-    with leaves_unchanged(target), pytest.raises(ValueError, match=words if not adapted or "is 0" not in words else None) as info:
+    with leaves_unchanged(target), pytest.raises(ValueError, match=words) as info:
         load_adapter(target, path)
     assert str(path) in str(info.value) and "\n" not in str(info.value)
 
@@ -746,7 +749,7 @@ def test_report_at_the_start_is_what_the_arithmetic_predicts():
     layer = DualLoRALinear(linear, r1=16, r2=16)
     row = adapter_report(layer)[""]
     assert row["frozen"] == pytest.approx(0.5, abs=0.01) and row["dead_rows"] == row["dead_columns"] == 0
-    assert row["effective_rank"] == pytest.approx(359, rel=0.05) and row["numerical_rank"] > 900
+    assert row["effective_rank"] == pytest.approx(356, rel=0.03) and row["numerical_rank"] > 900
     assert row["relative_norm"] == pytest.approx(0.057, rel=0.05)
     assert row["unmoved"] == list(ADAPTERS) and row["flips_since_start"] == row["flips_since_last"] == row["clipped"] == 0
     DC = (layer.lora_D @ layer.lora_C).abs()
