@@ -536,10 +536,12 @@ def loop(run, task, examples, validation, pad, device, dtype):
         if evaluating:
             if cfg.method == "dual_lora":
                 set_warmup(model, warmup_factor(cfg, run.step))
+            paused = time.time()
             with autocast:
                 values = evaluate(model, task, validation, pad, device)
             run.record(step=run.step, validation=values)
             print(f"step {run.step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+            clock.pause(time.time() - paused)
         if saving or evaluating:
             run.save()
 
@@ -553,6 +555,10 @@ class Clock:
         (then, before), now = self.marked, time.time()
         self.marked = now, self.tokens
         return (self.tokens - before) / max(1e-9, now - then)
+
+    def pause(self, seconds):
+        """Leave out of the speed what was spent on an evaluation."""
+        self.marked = self.marked[0] + seconds, self.marked[1]
 
     def left(self, step, max_steps):
         seconds = (time.time() - self.began) / (step - self.first) * (max_steps - step)
