@@ -528,9 +528,8 @@ def fill(model, family, tensors):
             if re.fullmatch(extras, name):
                 continue
             raise ValueError(f"{path} holds tensor {name!r}, for which this model has no place")
-        if transposed and re.fullmatch(transposed, name):
-            tensor = tensor.t()
-        pieces = tensor.chunk(len(ours)) if tensor.ndim else [tensor] * len(ours)
+        turned = tensor.t() if transposed and re.fullmatch(transposed, name) else tensor
+        pieces = turned.chunk(len(ours)) if len(ours) > 1 else [turned]
         for target, piece in zip(ours, pieces):
             if piece.shape != parameters[target].shape:
                 raise ValueError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, which does not fit "

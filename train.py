@@ -38,6 +38,7 @@ LEARNING_RATES = {
     "encoder": {"dual_lora": 5e-3, "lora": 5e-3, "dora": 5e-3, "full": 2e-4, "head": 5e-3},
     "gpt":     {"dual_lora": 2e-3, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 5e-3},
 }
+MAX_STEPS = {"encoder": 500, "gpt": 200}
 
 
 def option(default, help):
@@ -66,7 +67,7 @@ class Config:
     lr_warmup_steps: int = option(0, "steps in which the learning rate grows from 0; it then falls linearly to 0")
     batch_size: int = option(32, "examples a step")
     micro_batch_size: Optional[int] = option(None, "examples at once, if not the whole batch; each rebuilds dW, so prefer large ones")
-    max_steps: int = option(500, "optimiser steps")
+    max_steps: Optional[int] = option(None, "optimiser steps; default 500 for an encoder, 200 for a GPT")
     weight_decay: float = option(0.0, "on the head's matrices, or with method full on all")
     adapter_weight_decay: float = option(0.0, "on the adapters; the sign is blind to the scale of C and D")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
@@ -338,20 +339,21 @@ def answer_logprobs(model, idx, rows):
 
 
 def training_loss(model, task, batch, pad, device):
-    """Sums over the batch, tensors: the loss, what was right; and the counts that they are to be divided by."""
+    """(sum of the loss, number right, both tensors; number of targets, number of tokens) of a batch of examples."""
     if not isinstance(model, Classifier):
         rows = [example.rows[example.label] for example in batch]
         idx, _, _ = collate(rows, pad, device)
         logprobs, right, _ = answer_logprobs(model, idx, rows)
-        return -logprobs.sum(), right.sum(), targets_in(model, batch)
+        return -logprobs.sum(), right.sum(), targets_in(model, batch), sum(len(ids) for ids, _ in rows)
     rows = [row for example in batch for row in example.rows]
+    n_tokens = sum(len(ids) for ids, _ in rows)
     logits = model(*collate(rows, pad, device)).float()
     if task.kind == "multiple_choice":
         logits = by_choice(logits[:, 0], batch)
     labels = torch.tensor([example.label for example in batch], device=device)
     if task.n_classes == 1:
-        return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), labels.new_zeros(()), len(batch)
-    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), len(batch)
+        return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), labels.new_zeros(()), len(batch), n_tokens
+    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), len(batch), n_tokens
 
 
 def targets_in(model, batch):
@@ -481,7 +483,8 @@ def train(cfg):
     cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
     model, tokenizer = build(cfg, task, device)
     kind = "gpt" if isinstance(getattr(model, "backbone", model), GPT) else "encoder"
-    cfg = dataclasses.replace(cfg, learning_rate=cfg.learning_rate or LEARNING_RATES[kind][cfg.method])
+    cfg = dataclasses.replace(cfg, learning_rate=cfg.learning_rate or LEARNING_RATES[kind][cfg.method],
+                              max_steps=cfg.max_steps or MAX_STEPS[kind])
     pad = tokenizer.pad if tokenizer.pad is not None else 0
     examples = encode_examples(task, task.train, tokenizer, kind == "gpt", cfg.max_length)
     validation = encode_examples(task, task.validation[:cfg.eval_examples], tokenizer, kind == "gpt", cfg.max_length)
@@ -515,10 +518,10 @@ def loop(run, task, examples, validation, pad, device, dtype):
         total, size = targets_in(model, batch), cfg.micro_batch_size or len(batch)
         for piece in (batch[i:i + size] for i in range(0, len(batch), size)):
             with autocast:
-                loss, right, n = training_loss(model, task, piece, pad, device)
+                loss, right, n, n_tokens = training_loss(model, task, piece, pad, device)
             (loss / total).backward()
             pending.append((run.step, loss.detach(), right, n))
-            clock.tokens += sum(len(ids) for example in piece for ids, _ in example.rows)
+            clock.tokens += n_tokens
         if cfg.grad_clip:
             torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
         run.optimizer.step()
