@@ -157,7 +157,7 @@ class ByteBPE:
         self.tokens = {i: spelled.get(token, token.encode()) for token, i in self.ids.items()}
 
     def encode(self, text):
-        text = " " + text if self.prefix and text and not text[0].isspace() else text
+        text = " " + text if self.prefix and text and not text.startswith(" ") else text
         ids = (self.id_of_rank[rank] for rank in self.bpe.encode_ordinary(text))
         return [i for i in ids if i is not None]
 
@@ -183,6 +183,9 @@ YOUNGER = """5c8-5c9 61d 7fd 890-891 897-89f 8ca-8e2 9fd-9fe a76 afa-aff b53-b55
 1e6ee-1e6ef 1e6f5 1e944-1e94a 1e95e-1e95f"""
 YOUNGER = {code for first, _, last in (item.partition("-") for item in YOUNGER.split()) for code in range(int(first, 16), int(last or first, 16) + 1)}
 SPACES = {*range(0x9, 0xE), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+# Capitals younger than some Pythons' tables, with their small letters.
+YOUNGER_CASE = {0x1C89: 0x1C8A, 0xA7CB: 0x264, 0xA7CC: 0xA7CD, 0xA7CE: 0xA7CF, 0xA7D2: 0xA7D3, 0xA7D4: 0xA7D5, 0xA7DA: 0xA7DB, 0xA7DC: 0x19B,
+                **{c: c + 0x20 for c in range(0x10D50, 0x10D66)}, **{c: c + 0x1B for c in range(0x16EA0, 0x16EB9)}}
 CHINESE = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF),
            (0x2F800, 0x2FA1F))  # the gap before 0x2B920 is the reference's
 
@@ -246,7 +249,7 @@ class WordPiece:
             if self.accents_off:
                 text = "".join(c for c in unicodedata.normalize("NFD", text) if category(c) != "Mn")
         if self.lower:  # a character at a time: no final sigma
-            text = text.lower() if text.isascii() else "".join(c.lower() for c in text)
+            text = text.lower() if text.isascii() else "".join(c.lower() for c in text).translate(YOUNGER_CASE)
         words, current = [], []
         for c in text:
             if ord(c) in SPACES or is_punctuation(c):
