@@ -397,11 +397,13 @@ def adapter_state_dict(model):
 def save_adapter(model, path):
     """Write adapter_state_dict(model) and what rebuilds the adapters (targets, settings, warm-up factor) to `path`.
 
-    Whole or not at all: an OSError leaves no file, or the old one. ValueError when the model holds no adapter.
+    Whole or not at all: an OSError leaves no file, or the old one. ValueError when there is nothing to save.
     """
     layers = {name: {"layer": type(m).__name__, "settings": m.config, "warmup": float(getattr(m, "warmup", 1.0))}
-              for name, m in adapted_layers(model).items()}
+              for name, m in adapted_layers(model, or_none=True).items()}
     state = {name: value.cpu() for name, value in adapter_state_dict(model).items()}
+    if not state:
+        raise ValueError("the model holds no adapter and nothing trainable: there is nothing to save")
     save_atomically({"format": FORMAT, "layers": layers, "state": state}, path)
 
 
@@ -440,7 +442,7 @@ def load_adapter(model, path):
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].requires_grad_(True).copy_(value)
-    for name, layer in adapted_layers(model).items():
+    for name, layer in adapted_layers(model, or_none=True).items():
         layer.mark_start()
         if isinstance(layer, DualLoRALinear):
             set_warmup(layer, layers[name][2])
@@ -563,10 +565,10 @@ def candidates(linears):
     return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "nothing: the model has no linear layer"
 
 
-def adapted_layers(model):
-    """{name: layer} of every adapted layer; ValueError when there is none."""
+def adapted_layers(model, or_none=False):
+    """{name: layer} of every adapted layer; ValueError when there is none, unless that is fine."""
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    if not layers:
+    if not layers and not or_none:
         raise ValueError("the model holds no adapter: call apply_adapters or load_adapter first")
     return layers
 

@@ -281,8 +281,8 @@ def collate(rows, pad, device):
 def build(cfg, task, device):
     """(model, tokenizer): the pre-trained model, a head where the task needs one, adapters, everything else frozen."""
     folder = model_folder(cfg.model)
-    tokenizer = Tokenizer(folder)
     model = load_pretrained(folder)
+    tokenizer = Tokenizer(folder)
     is_gpt = isinstance(model, GPT)
     if not is_gpt and None in (tokenizer.cls, tokenizer.sep):
         raise ValueError(f"{folder}: its vocabulary has no [CLS] and [SEP], which an encoder needs")
@@ -420,6 +420,7 @@ class Run:
     def __init__(self, cfg, model, optimizer):
         self.cfg, self.model, self.optimizer = cfg, model, optimizer
         self.step, self.history = 0, []
+        self.pending = []  # of each step since the last progress line: (step, loss, number right, number of targets)
         self.folder = Path(cfg.out_dir)
         self.settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out_dir", "resume")}
 
@@ -440,7 +441,8 @@ class Run:
         save_atomically({"settings": self.settings, "step": self.step, "history": self.history,
                          "parameters": {name: p.detach() for name, p in self.trainable().items()},
                          "optimizer": self.optimizer.state_dict(), "counters": self.counters(),
-                         "random": torch.get_rng_state(), "cuda": cuda}, self.folder / "checkpoint.pt")
+                         "random": torch.get_rng_state(), "cuda": cuda,
+                         "pending": [(step, loss.cpu(), right.cpu(), n) for step, loss, right, n in self.pending]}, self.folder / "checkpoint.pt")
 
     def start(self):
         """An empty out_dir, or with resume the state of its checkpoint; ValueError if that is another run's or no whole file."""
@@ -472,7 +474,7 @@ class Run:
         torch.set_rng_state(saved["random"])
         if saved["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["cuda"])
-        self.step, self.history = saved["step"], saved["history"]
+        self.step, self.history, self.pending = saved["step"], saved["history"], saved["pending"]
 
 
 def train(cfg):
@@ -502,7 +504,7 @@ def loop(run, task, examples, validation, pad, device, dtype):
     params = list(run.trainable().values())
     n_batches = max(1, len(examples) // cfg.batch_size)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    epoch, pending, clock = None, [], Clock(run.step)
+    epoch, clock = None, Clock(run.step)
     model.train()
     while run.step < cfg.max_steps:
         if epoch != run.step // n_batches:
@@ -520,7 +522,7 @@ def loop(run, task, examples, validation, pad, device, dtype):
             with autocast:
                 loss, right, n, n_tokens = training_loss(model, task, piece, pad, device)
             (loss / total).backward()
-            pending.append((run.step, loss.detach(), right, n))
+            run.pending.append((run.step, loss.detach(), right, n))
             clock.tokens += n_tokens
         if cfg.grad_clip:
             torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
@@ -532,10 +534,10 @@ def loop(run, task, examples, validation, pad, device, dtype):
         evaluating = last or run.step % cfg.eval_interval == 0
         saving = last or run.step % cfg.checkpoint_interval == 0
         if evaluating or saving or run.step % cfg.log_interval == 0:
-            check_losses(pending, run)  # before anything is saved: a checkpoint is always a good one
+            check_losses(run)  # before anything is saved: a checkpoint is always a good one
         if run.step % cfg.log_interval == 0 or last:
-            report_progress(run, pending, task, clock)
-            pending = []
+            report_progress(run, task, clock)
+            run.pending = []
         if evaluating:
             if cfg.method == "dual_lora":
                 set_warmup(model, warmup_factor(cfg, run.step))
@@ -568,23 +570,24 @@ class Clock:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def check_losses(pending, run):
+def check_losses(run):
     """Losses are looked at here and not in every step: to look is to wait for the GPU."""
-    for (step, *_), finite in zip(pending, torch.stack([loss for _, loss, _, _ in pending]).isfinite().tolist()):
+    losses = torch.tensor([loss.item() for _, loss, _, _ in run.pending])
+    for (step, *_), finite in zip(run.pending, losses.isfinite().tolist()):
         if not finite:
             kept = run.folder / "checkpoint.pt"
             raise FloatingPointError(f"the loss became NaN or infinite at step {step}; a lower --learning_rate may help. "
                                      + (f"The last good state is in {kept}" if kept.exists() else "There was no checkpoint yet"))
 
 
-def report_progress(run, pending, task, clock):
-    n = sum(n for *_, n in pending)
-    loss = sum(loss.item() for _, loss, _, _ in pending) / n
+def report_progress(run, task, clock):
+    n = sum(n for *_, n in run.pending)
+    loss = sum(loss.item() for _, loss, _, _ in run.pending) / n
     values = {"step": run.step, "loss": loss, "learning_rate": rate(run.cfg, run.step - 1)}
     text = f"step {run.step}/{run.cfg.max_steps} | loss {loss:.4f}"
     if task.n_classes > 1:
         name = "accuracy" if isinstance(run.model, Classifier) else "token_accuracy"
-        values[name] = sum(right.item() for _, _, right, _ in pending) / n
+        values[name] = sum(right.item() for _, _, right, _ in run.pending) / n
         text += f" | {name.replace('_', ' ')} {values[name]:.3f}"
     run.record(**values)
     print(f"{text} | {clock.speed():,.0f} tokens/s | {clock.left(run.step, run.cfg.max_steps)} left", flush=True)
@@ -638,7 +641,7 @@ def finish(run, task, n_validation, seconds, device):
     elif means:
         print(f"dW, mean over {len(report)} layers: effective rank {means['effective_rank']:.1f}, |dW| / |W0| {means['relative_norm']:.3f}")
     if unmoved:
-        print(f"these adapter tensors never moved: {', '.join(unmoved)}")
+        print(f"{len(unmoved)} adapter tensors never moved: {', '.join(unmoved[:3])}" + (" ..." if len(unmoved) > 3 else ""))
     if cfg.method == "dual_lora" and warmup_factor(cfg, run.step) < 1:
         print(f"the run ended inside the warm-up: dW stands at {warmup_factor(cfg, run.step):.2f} of its size, and so in the file")
     print(f"{path} holds what was trained: dual_lora.load_adapter puts it on the base model")

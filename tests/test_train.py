@@ -1,0 +1,446 @@
+"""train.py on toy models: every method on every kind of task, the same numbers again, resumed at any moment, and bad input in one line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import dual_lora
+import train
+from data.gguf import write_safetensors
+from data.tasks import load_task
+from data.tokenizer import Tokenizer, byte_alphabet
+from dual_lora import load_adapter
+from model import BERT_NAMES, GPT, LLAMA_NAMES, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
+
+ROOT = Path(train.__file__).resolve().parent
+WORDS = "[PAD] [UNK] [CLS] [SEP] good bad fine poor a the film was very not and so plot music scene actor".split()
+
+
+def save_model(folder, model, names, config):
+    folder.mkdir()
+    state, parameters = {}, dict(model.named_parameters())
+    for i in range(len(model.layers)):
+        for theirs, ours in names.items():
+            for kind in ("weight", "bias"):
+                if f"{ours.format(i=i)}.{kind}" in parameters:
+                    state[f"{theirs.format(i=i)}.{kind}"] = parameters[f"{ours.format(i=i)}.{kind}"].detach().numpy()
+    write_safetensors(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_task(folder, kind, n=60):
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for split, count in (("train", n), ("validation", 23)):
+        lines = []
+        for _ in range(count):
+            words = [WORDS[8 + i] for i in torch.randint(12, (int(torch.randint(1, 9, (1,), generator=draw)),), generator=draw).tolist()]
+            label = int(torch.randint(2, (1,), generator=draw))
+            text = " ".join(words + [["bad", "good"][label]])
+            lines.append({"classification": {"text_a": text, "label": label},
+                          "pairs": {"text_a": text, "text_b": " ".join(words[::-1]), "label": label},
+                          "regression": {"text_a": text, "label": label + 0.5},
+                          "choice": {"prompt": text, "choices": [" poor", " fine", " so so"][:2 + len(words) % 2], "label": label}}[kind])
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """A folder with models `bert` and `llama` and tasks of every kind, all tiny."""
+    root = tmp_path_factory.mktemp("toys")
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(len(WORDS), 2, 2, 16, 32, 64))
+    save_model(root / "bert", encoder, BERT_NAMES, {"model_type": "bert", "vocab_size": len(WORDS), "num_hidden_layers": 2, "hidden_size": 16,
+                                                    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64})
+    (root / "bert" / "vocab.txt").write_text("\n".join(WORDS))
+    gpt = GPT(GPTConfig(258, 2, 2, 16, 32, 64, learned_positions=False, rms_norm=True, gated=True, activation="silu", attention_bias=False, mlp_bias=False))
+    save_model(root / "llama", gpt, {**LLAMA_NAMES, "lm_head": "none"},
+               {"model_type": "llama", "vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32,
+                "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5})
+    vocab = {character: i for i, character in enumerate(byte_alphabet())}
+    spec = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"},
+            "added_tokens": [{"id": 256, "content": "<s>"}, {"id": 257, "content": "</s>"}]}
+    (root / "llama" / "tokenizer.json").write_text(json.dumps(spec))
+    for kind in ("classification", "pairs", "regression", "choice"):
+        write_task(root / kind, kind)
+    return root
+
+
+BASE = ["--max_steps=6", "--batch_size=8", "--eval_interval=3", "--log_interval=2", "--checkpoint_interval=2", "--warmup_steps=3", "--device=cpu",
+        "--learning_rate=0.01", "--max_length=64"]
+
+
+def arguments(toys, out, model="bert", task="classification", method="dual_lora", *more):
+    base = [a for a in BASE if method == "dual_lora" or "warmup_steps" not in a]
+    return [f"--model={toys / model}", f"--task={toys / task}", f"--method={method}", f"--out_dir={out}", *base, *more]
+
+
+def run(*args):
+    assert train.main(arguments(*args)) == 0
+    return [json.loads(line) for line in (Path(args[1]) / "metrics.jsonl").read_text().splitlines()]
+
+
+# What a run does
+
+
+@pytest.mark.parametrize("model, task", [("bert", "classification"), ("bert", "pairs"), ("bert", "regression"), ("bert", "choice"),
+                                         ("llama", "classification"), ("llama", "pairs"), ("llama", "regression"), ("llama", "choice")])
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs_on_every_kind_of_task_and_its_file_restores_the_result(model, task, method, toys, tmp_path, capsys):
+    if (model, task, method) == ("llama", "choice", "head"):
+        assert train.main(arguments(toys, tmp_path, model, task, method)) == 1
+        assert "--method=head" in capsys.readouterr().err
+        return
+    lines = run(toys, tmp_path, model, task, method)
+    final, shown = lines[-1], capsys.readouterr().out
+    assert final["final"] is True and final["metric"] == ("pearson" if task == "regression" else "accuracy")
+    assert f"{final['metric']} {final['value']:.4f} at the last step" in shown and f"{final['trainable']:,}" in shown and "adapter.pt" in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.pt", "checkpoint.pt", "metrics.jsonl"]
+    assert ("frozen" in final["report"]) == (method == "dual_lora")
+
+    # the file, put on a fresh base model with another head, scores the same
+    spec = load_task(str(toys / task))
+    fresh = load_pretrained(toys / model)
+    if not (model == "llama" and task == "choice"):
+        fresh = Classifier(fresh, 1 if task == "choice" else spec.n_classes)
+    load_adapter(fresh, tmp_path / "adapter.pt")
+    examples = train.encode_examples(spec, spec.validation, Tokenizer(toys / model), model == "llama", 64)
+    values = train.evaluate(fresh, spec, examples, 0, torch.device("cpu"))
+    assert values == pytest.approx(final["validation"], abs=1e-6)
+
+
+def test_training_learns_what_there_is_to_learn(toys, tmp_path):
+    lines = run(toys, tmp_path, "bert", "classification", "dual_lora", "--max_steps=150", "--targets=q_proj,v_proj,up_proj,down_proj",
+                "--eval_interval=150", "--learning_rate=0.02", "--r=8")
+    assert lines[-1]["value"] >= 0.95 > 0.7 > lines[-1]["majority"]
+
+
+def test_the_same_seed_writes_the_same_file_and_another_does_not(toys, tmp_path):
+    files = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(toys, tmp_path / name, "bert", "classification", "dual_lora", f"--seed={seed}", "--dropout=0.2")
+        files.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_the_first_forward_pass_is_the_pretrained_models(toys, tmp_path):
+    first = [run(toys, tmp_path / m, "bert", "classification", m, "--log_interval=1")[0]["loss"] for m in ("dual_lora", "lora", "dora", "head", "full")]
+    assert first == pytest.approx([first[0]] * 5, abs=1e-6), "one head, one batch, and nothing added yet"
+
+
+def test_methods_see_the_same_batches_and_start_from_the_same_head(toys, tmp_path, monkeypatch):
+    seen = {}
+    for method in ("dual_lora", "lora", "full"):
+        batches, heads, original = [], [], train.training_loss
+
+        def spy(model, task, batch, pad, device):
+            heads.append(model.head.weight.detach().clone())
+            batches.append([example.rows for example in batch])
+            return original(model, task, batch, pad, device)
+
+        monkeypatch.setattr(train, "training_loss", spy)
+        run(toys, tmp_path / method, "bert", "classification", method)
+        monkeypatch.setattr(train, "training_loss", original)
+        seen[method] = batches, heads[0]
+    assert seen["dual_lora"][0] == seen["lora"][0] == seen["full"][0] and len(seen["lora"][0]) == 6
+    assert torch.equal(seen["dual_lora"][1], seen["lora"][1]) and torch.equal(seen["full"][1], seen["lora"][1])
+
+
+@pytest.mark.parametrize("model, task", [("bert", "classification"), ("llama", "choice"), ("bert", "choice")])
+def test_micro_batches_and_checkpointing_do_not_change_the_numbers(model, task, toys, tmp_path):
+    whole = run(toys, tmp_path / "whole", model, task)
+    for name, option in (("micro", "--micro_batch_size=3"), ("check", "--checkpointing=true")):
+        pieces = run(toys, tmp_path / name, model, task, "dual_lora", option)
+        assert [line["loss"] for line in pieces if "loss" in line] == pytest.approx([line["loss"] for line in whole if "loss" in line], rel=1e-4)
+
+
+def test_bfloat16_runs_and_lands_near(toys, tmp_path):
+    wide = run(toys, tmp_path / "a", "llama", "choice")
+    narrow = run(toys, tmp_path / "b", "llama", "choice", "dual_lora", "--dtype=bfloat16")
+    assert narrow[0]["loss"] != wide[0]["loss"] and narrow[0]["loss"] == pytest.approx(wide[0]["loss"], rel=0.02)
+
+
+def test_only_what_the_method_trains_has_moved(toys, tmp_path):
+    base = Classifier(load_pretrained(toys / "bert"), 2).state_dict()
+    for method in ("dual_lora", "head", "full"):
+        run(toys, tmp_path / method, "bert", "classification", method)
+        state = torch.load(tmp_path / method / "adapter.pt", weights_only=True)["state"]
+        assert {n for n in state if "lora_" not in n} == (set(base) if method == "full" else {"head.weight", "head.bias"})
+        assert any("lora_" in name for name in state) == (method == "dual_lora")
+
+
+def test_weight_decay_leaves_adapters_and_vectors_alone_unless_asked():
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    dual_lora.apply_adapters(model, ["q_proj"], r1=2, r2=2)
+    model.head.requires_grad_(True)
+    for asked in (0.0, 0.3):
+        groups = train.make_optimizer(model, train.Config(learning_rate=1.0, weight_decay=0.1, adapter_weight_decay=asked)).param_groups
+        assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(asked, 4), (0.1, 1), (0.0, 1)]
+
+
+def test_a_fresh_run_leaves_nothing_of_the_one_before(toys, tmp_path, monkeypatch):
+    run(toys, tmp_path)
+
+    def fails(*args):
+        raise ValueError("at the first step")
+
+    monkeypatch.setattr(train, "training_loss", fails)
+    assert train.main(arguments(toys, tmp_path)) == 1
+    assert not (tmp_path / "adapter.pt").exists() and "final" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+# Data
+
+
+def examples_of(toys, model, task, max_length=64):
+    spec = load_task(str(toys / task))
+    return train.encode_examples(spec, spec.train, Tokenizer(toys / model), model == "llama", max_length)
+
+
+def test_batches_hold_every_example_once_an_epoch_and_little_padding(toys):
+    examples = examples_of(toys, "llama", "choice") * 10
+    epochs = [train.epoch_batches(examples, 8, seed=1, epoch=e) for e in (0, 0, 1)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    assert sorted(i for batch in epochs[0] for i in batch) == list(range(600)) and all(len(batch) == 8 for batch in epochs[0])
+    lengths = [[len(examples[i].rows[0][0]) for i in batch] for batch in epochs[0]]
+    assert sum(map(sum, lengths)) > 0.9 * sum(8 * max(batch) for batch in lengths)
+    assert len(train.epoch_batches(examples[:5], 8, 0, 0)) == 1, "fewer examples than a batch"
+
+
+class Letters:
+    """A tokenizer of one id a character."""
+    cls, sep, bos, eos, pad, add_bos = 1, 2, None, 3, 0, False
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def test_encoder_rows_have_their_control_tokens_and_fit():
+    tokenizer, a, b = Letters(), list(range(10, 20)), list(range(30, 33))
+    assert train.encoder_row(tokenizer, a, None, 6) == ([1, 10, 11, 12, 13, 2], 6)
+    assert train.encoder_row(tokenizer, a, b, 9) == ([1, 10, 11, 12, 2, 30, 31, 32, 2], 5)
+    assert train.encoder_row(tokenizer, a, b, 9, keep_end=True)[0] == [1, 17, 18, 19, 2, 30, 31, 32, 2]
+    tokenizer.bos = 1  # as RoBERTa's
+    assert train.encoder_row(tokenizer, a, b, 99) == ([1, *a, 2, 2, *b, 2], 13)
+    for length in range(8, 20):
+        for pair in (([], []), (a, []), ([], a), (a, a)):
+            row, boundary = train.encoder_row(tokenizer, *pair, length)
+            assert len(row) <= length and row[boundary - 1] == 2
+
+
+def test_gpt_rows_keep_the_answer_and_the_prompts_end():
+    tokenizer = Letters()
+    assert train.gpt_row(tokenizer, [1, 2, 3, 4, 5], [8, 9], 5) == ([3, 4, 5, 8, 9], 3)
+    assert train.gpt_row(tokenizer, [1, 2], [4, 5, 6, 7, 8], 4) == ([1, 2, 4, 5], 2)
+    assert train.gpt_row(tokenizer, [], [8], 9) == ([3, 8], 1), "something must come before the first answer token"
+    tokenizer.bos, tokenizer.add_bos = 7, True
+    assert train.gpt_row(tokenizer, [1, 2, 3], [8], 4) == ([7, 2, 3, 8], 3) and train.gpt_row(tokenizer, [], [8], 4)[0] == [7, 7, 8]
+
+
+def test_very_long_and_empty_texts_are_fine(toys, tmp_path):
+    lines = [{"text_a": "good " * 20_000, "label": 1}, {"text_a": "", "label": 0}, {"text_a": "a" * 100_000, "text_b": "", "label": 0}] * 3
+    choice = [{"prompt": "x" * 100_000, "choices": ["", "y" * 100_000], "label": 0}, {"prompt": "", "choices": ["", " b"], "label": 1}] * 3
+    for name, content in (("text", lines), ("choice", choice)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+        for model in ("bert", "llama"):
+            out = tmp_path / f"{name}-{model}"
+            args = [a for a in arguments(toys, out, model) if "task" not in a]
+            assert train.main([*args, f"--task={tmp_path / name}", "--max_length=32", "--max_steps=2"]) == 0
+
+
+def test_the_training_loss_is_the_models_own_with_the_prompt_masked(toys):
+    model, examples = load_pretrained(toys / "llama"), examples_of(toys, "llama", "choice")[:5]
+    loss, _, n, _ = train.training_loss(model, load_task(toys / "choice"), examples, 0, torch.device("cpu"))
+    rows = [example.rows[example.label] for example in examples]
+    idx, _, _ = train.collate(rows, 0, torch.device("cpu"))
+    targets = torch.full_like(idx, -100)
+    for r, (ids, boundary) in enumerate(rows):
+        targets[r, boundary - 1:len(ids) - 1] = torch.tensor(ids[boundary:])
+    torch.testing.assert_close(loss / n, model(idx, targets)[1])
+
+
+@pytest.mark.parametrize("model, task", [("bert", "classification"), ("llama", "choice"), ("bert", "choice"), ("llama", "pairs")])
+def test_a_score_does_not_depend_on_its_batch(model, task, toys, monkeypatch):
+    spec, backbone = load_task(str(toys / task)), load_pretrained(toys / model)
+    whole = backbone if (model, task) == ("llama", "choice") else Classifier(backbone, 1 if task == "choice" else 2)
+    examples, seen = examples_of(toys, model, task), []
+    monkeypatch.setattr(train, "score", lambda metric, predictions, labels: seen.append(predictions) or {"accuracy": 0.0})
+    for tokens in (1, 300, 10**6):
+        train.evaluate(whole, spec, examples, 0, torch.device("cpu"), tokens)
+    assert seen[0] == seen[-1] or seen[:len(seen) // 3] == seen[-(len(seen) // 3):]
+
+
+def test_accuracy_norm_divides_by_bytes(toys):
+    class Fixed(nn.Module):
+        pass
+
+    spec = load_task(toys / "choice")
+    model = load_pretrained(toys / "llama")
+    examples = examples_of(toys, "llama", "choice")
+    values = train.evaluate(model, spec, examples, 0, torch.device("cpu"))
+    right = 0
+    for example in examples:
+        scores = []
+        for (ids, boundary), n_bytes in zip(example.rows, example.n_bytes):
+            logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)[0]
+            scores.append(sum(logprobs[t - 1, ids[t]].item() for t in range(boundary, len(ids))) / n_bytes)
+        right += scores.index(max(scores)) == example.label
+    assert values["accuracy_norm"] == pytest.approx(right / len(examples))
+
+
+# Resuming
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("model, task, method", [("bert", "classification", "dual_lora"), ("llama", "choice", "dora"), ("bert", "classification", "full")])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_run_that_stops_anywhere_resumes_to_the_same_file(model, task, method, step, toys, tmp_path, monkeypatch):
+    more = ["--log_interval=4", "--checkpoint_interval=1"]  # so that checkpoints fall between progress lines
+    more += ["--dropout=0.2"] if method != "full" else []
+    run(toys, tmp_path / "whole", model, task, method, *more)
+    original = train.check_losses
+
+    def stop(run):
+        original(run)
+        if run.step >= step:
+            raise Stop
+
+    monkeypatch.setattr(train, "check_losses", stop)
+    with pytest.raises(Stop):
+        train.main(arguments(toys, tmp_path / "cut", model, task, method, *more))
+    monkeypatch.setattr(train, "check_losses", original)
+    torch.manual_seed(99)
+    run(toys, tmp_path / "cut", model, task, method, *more, "--resume=true")
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    ours, theirs = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["state"] for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+
+
+def test_a_finished_run_resumed_is_finished(toys, tmp_path, capsys):
+    run(toys, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run(toys, tmp_path, "bert", "classification", "dual_lora", "--resume=true")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and (tmp_path / "adapter.pt").exists()
+
+
+def test_a_killed_process_resumes_to_the_same_file(toys, tmp_path):
+    more = ["--max_steps=40", "--checkpoint_interval=3"]
+    command = [sys.executable, str(ROOT / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command + arguments(toys, tmp_path / "whole", "bert", "classification", "dual_lora", *more), check=True, env=environment,
+                   stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command + arguments(toys, tmp_path / "cut", "bert", "classification", "dual_lora", *more), env=environment,
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "checkpoint.pt").exists():
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(command + arguments(toys, tmp_path / "cut", "bert", "classification", "dual_lora", *more, "--resume=true"), env=environment,
+                             capture_output=True, text=True, check=True)
+    assert "resumed at step" in resumed.stdout
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_resuming_without_a_checkpoint_starts_afresh_and_with_another_runs_is_refused(toys, tmp_path, capsys):
+    run(toys, tmp_path, "bert", "classification", "dual_lora", "--resume=true")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert train.main(arguments(toys, tmp_path, "bert", "classification", "dual_lora", "--resume=true", "--alpha=8")) == 1
+    error = capsys.readouterr().err
+    assert "alpha was 16.0, is 8.0" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
+    assert train.main(arguments(toys, tmp_path, "bert", "classification", "dual_lora", "--resume=true")) == 1
+    assert "checkpoint.pt is cut short" in capsys.readouterr().err
+
+
+# Faults and bad input
+
+
+def test_a_loss_that_becomes_nan_names_the_step_and_keeps_the_last_good_checkpoint(toys, tmp_path, monkeypatch, capsys):
+    original, calls = train.training_loss, []
+
+    def poisoned(*args):
+        loss, *rest = original(*args)
+        calls.append(1)
+        return loss * (float("nan") if len(calls) == 5 else 1), *rest
+
+    monkeypatch.setattr(train, "training_loss", poisoned)
+    assert train.main(arguments(toys, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "NaN or infinite at step 4;" in error and "checkpoint.pt" in error and error.count("\n") == 1
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 4 and all(p.isfinite().all() for p in saved["parameters"].values())
+    assert not (tmp_path / "adapter.pt").exists()
+
+
+def test_a_full_disk_is_one_line_and_no_half_file(toys, tmp_path, monkeypatch, capsys):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train.main(arguments(toys, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("option, words", [
+    ("--tusk=sarcasm", "'--tusk=sarcasm' is no option: write --name=value with one of task, model"), ("sarcasm", "no option"), ("--task", "no option"),
+    ("--method=qlora", "--method=qlora: choose from dual_lora, lora, dora, full, head"), ("--ste=soft", "clip, xnor, identity"),
+    ("--r=three", "--r=three: it should be a whole number"), ("--max_steps=1e3", "whole number"), ("--alpha=nan", "finite"), ("--alpha=inf", "finite"),
+    ("--alpha=0", "above 0"), ("--learning_rate=-1", "above 0"), ("--learning_rate=x", "a number"), ("--batch_size=0", "at least 1"), ("--r=0", "at least 1"),
+    ("--r=7", "--r=7: Dual LoRA halves it"), ("--dropout=1", "below 1"), ("--init_std=0", "above 0"), ("--max_length=2", "at least 8"),
+    ("--resume=yes", "--resume=yes: true or false"), ("--dtype=float16", "--dtype=float16: its loss scaler"), ("--dtype=int8", "float32, bfloat16"),
+    ("--seed=-1", "at least 0"), ("--weight_decay=-0.1", "at least 0"), ("--direction=up", "sign, none")])
+def test_a_bad_option_is_one_line_with_what_would_be_right(option, words, toys, tmp_path, capsys):
+    assert train.main([*arguments(toys, tmp_path / "out"), option]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method, option", [("lora", "--ste=xnor"), ("lora", "--r1=2"), ("full", "--r=4"), ("head", "--targets=v_proj"), ("dora", "--warmup_steps=3")])
+def test_an_option_that_would_do_nothing_is_refused(method, option, toys, tmp_path, capsys):
+    assert train.main([*arguments(toys, tmp_path / "out", "bert", "classification", method), option]) == 2
+    assert f"{option} does nothing with --method={method}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, words", [
+    ("--task=nothing", "unknown task 'nothing': it is one of sarcasm"), ("--model=nothing", "unknown model 'nothing': it is one of minilm"),
+    ("--targets=q_proj,typo", "target 'typo' matches no linear layer of this model: choose from down_proj, head, k_proj"),
+    ("--targets=", "at least one name"), ("--device=cuda:99", "--device=cuda:99: not on this machine, which has"), ("--device=quantum", "not on this machine"),
+    ("--max_length=65", "--max_length=65: this model has 64 positions"), ("--model={toys}/classification", "config.json is not there"),
+    ("--task={toys}/bert", "has no train.jsonl")])
+def test_what_is_not_there_is_one_line_and_leaves_nothing(option, words, toys, tmp_path, capsys):
+    assert train.main([*arguments(toys, tmp_path / "out"), option.format(toys=toys)]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_out_dir_that_is_a_file_is_one_line(toys, tmp_path, capsys):
+    (tmp_path / "out").write_text("x")
+    assert train.main(arguments(toys, tmp_path / "out")) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_names_every_option(capsys):
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}=" in shown for name in train.Config.__dataclass_fields__)
+
+
+def test_the_program_imports_nothing_but_its_four_packages():
+    code = ("import sys; before = set(sys.modules); sys.path.insert(0, %r); import train; "
+            "print(*{m.partition('.')[0] for m in sys.modules} & {'transformers', 'peft', 'tokenizers', 'scipy', 'safetensors', 'datasets'})" % str(ROOT))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
