@@ -48,8 +48,8 @@ ESTIMATORS = ("clip", "xnor", "identity")
 
 
 def sign(x):
-    """+1 where x > 0, else -1. torch.sign would give 0 at 0: a third value, and a weight that no magnitude could move."""
-    return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+    """+1 where x > 0, else -1. torch.sign alone gives 0 at 0: a third value, and a weight that no magnitude could move."""
+    return x.sign().sub_(0.5).sign_()  # a where() on a comparison says the same ten times slower on a CPU
 
 
 def estimate(grad, x, ste):
@@ -256,14 +256,14 @@ def exact_product(left, right):
 
 def row_blocks(B, A):
     """Slices of the rows of BA, each small enough for the cache, or on a GPU for 64 MB of float32."""
-    rows = max(1, (2**18 if B.device.type == "cpu" else 2**24) // A.shape[1])
+    rows = max(1, (2**17 if B.device.type == "cpu" else 2**24) // A.shape[1])
     return [slice(start, start + rows) for start in range(0, B.shape[0], rows)]
 
 
-def parts(A, B, C, D, magnitude, direction):
-    """BA, DC, W_m and W_d of some rows: A (r1, in), B (rows, r1), C (r2, in), D (rows, r2)."""
-    BA, DC = B @ A, D @ C  # (rows, in)
-    return BA, DC, BA.relu() if magnitude == "relu" else BA, sign(DC) if direction == "sign" else DC
+def parts(A, B, C, D, scale, magnitude, direction):
+    """DC, s W_m and W_d of some rows: A (r1, in), B (rows, r1), C (r2, in), D (rows, r2); the scale s >= 0 passes through the ReLU."""
+    sBA, DC = (scale * B) @ A, D @ C  # (rows, in)
+    return DC, sBA.relu_() if magnitude == "relu" else sBA, sign(DC) if direction == "sign" else DC
 
 
 # Two operators rather than two functions: torch.compile takes them as they are instead of tracing into the switches above.
@@ -273,47 +273,55 @@ OPERATORS = __name__.replace(".", "_")
 @torch.library.custom_op(f"{OPERATORS}::effective_weight", mutates_args=())
 def effective_weight(weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, magnitude: str,
                      direction: str, dtype: torch.dtype) -> Tensor:
-    """W0 + scale * W_m ⊙ W_d (out, in), summed in the adapters' dtype and rounded once to `dtype`; dW alone if weight is None."""
+    """W0 + s W_m ⊙ W_d (out, in), summed in the adapters' dtype and rounded once to `dtype`; dW alone if weight is None."""
     W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
     with exact_float32(B.device.type):
         for rows in row_blocks(B, A):
-            _, _, W_m, W_d = parts(A, B[rows], C, D[rows], magnitude, direction)
-            add(weight, W_m * W_d, scale, W, rows)
+            _, sW_m, W_d = parts(A, B[rows], C, D[rows], scale, magnitude, direction)
+            put(W, rows, weight, sW_m * W_d)
     return W
 
 
-def add(weight, moves, scale, W, rows):
+def put(W, rows, weight, dW):
     if weight is None:
-        torch.mul(moves, scale, out=W[rows])
+        W[rows] = dW
     else:
-        torch.addcmul(weight[rows], moves, scale, out=W[rows])
+        torch.add(weight[rows], dW, out=W[rows])
 
 
 @torch.library.custom_op(f"{OPERATORS}::backward", mutates_args=("clip_count",))
 def weight_and_gradients(G: Tensor, weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor,
                          clip_count: Tensor, magnitude: str, direction: str, ste: str, dtype: torch.dtype,
                          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W (out, in) again, and dA, dB, dC, dD from G = dL/dW (out, in): METHOD's four lines, a block of rows at a time."""
+    """W (out, in) again, and dA, dB, dC, dD from G = dL/dW (out, in): the four gradients, a block of rows at a time."""
     W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
     dA, dB, dC, dD = (torch.zeros_like(M, memory_format=torch.contiguous_format) for M in (A, B, C, D))
     with exact_float32(B.device.type):
         for rows in row_blocks(B, A):
-            BA, DC, W_m, W_d = parts(A, B[rows], C, D[rows], magnitude, direction)
-            add(weight, W_m * W_d, scale, W, rows)
-            sG = scale * G[rows].to(A.dtype)
-            g_m = sG * W_d  # g_m = s G ⊙ W_d ⊙ [BA > 0]
+            DC, sW_m, W_d = parts(A, B[rows], C, D[rows], scale, magnitude, direction)
+            put(W, rows, weight, sW_m * W_d)
+            G_rows = G[rows].to(A.dtype)
+            g_m = G_rows * W_d  # g_m = s G ⊙ W_d ⊙ [BA > 0], the scale s at the end
+            g_d = G_rows * sW_m  # g_d = Clip(s G ⊙ W_m, -1, 1)
             if magnitude == "relu":
-                g_m *= BA > 0
-            g_d = sG * W_m  # g_d = Clip(s G ⊙ W_m, -1, 1)
+                g_m *= sW_m.sign()
             if direction == "sign":
-                passed = estimate(g_d, DC, ste)
-                clip_count += torch.stack([(passed != g_d).sum(), torch.full_like(clip_count[0], g_d.numel())])
-                g_d = passed
+                g_d = clip_and_count(g_d, DC, ste, clip_count)
             dB[rows] = g_m @ A.t()
             dA += B[rows].t() @ g_m
             dD[rows] = g_d @ C.t()
             dC += D[rows].t() @ g_d
-    return W, dA, dB, dC, dD
+    return W, dA * scale, dB * scale, dC, dD
+
+
+def clip_and_count(g_d, DC, ste, clip_count):
+    """The straight-through gradient of g_d, counting what it changed. A CPU may look first whether there is anything to clip."""
+    clip_count[1] += g_d.numel()
+    if ste == "identity" or (ste == "clip" and g_d.is_cpu and max(map(abs, torch.stack(g_d.aminmax()).tolist())) <= 1):
+        return g_d
+    passed = estimate(g_d, DC, ste)
+    clip_count[0] += (passed - g_d).sign_().abs_().sum().long()
+    return passed
 
 
 @effective_weight.register_fake
