@@ -16,6 +16,7 @@ the first steps multiplies it (`set_warmup`): the first forward pass is the pre-
 without. It is not a learning-rate warm-up: that would leave the random dW standing at full size while nothing learns.
 
 What merging leaves. `merge_adapters` puts W0 + dW into the plain layer that was there before: no cost at inference, no way back.
+The sum is rounded once to the layer's dtype: a bfloat16 weight cannot hold what is below half a unit in its last place, and `merge_adapters` says how much that was.
 
     model = apply_adapters(model, targets=["q_proj", "v_proj"], r1=4, r2=4)        # freezes all but the adapters
     for param in model.head.parameters(): param.requires_grad = True               # whatever else is to be trained
@@ -211,7 +212,10 @@ class DualLoRALinear(AdaptedLinear):
 # Left alone, autograd would keep BA, DC, ReLU(BA), Sign(DC) and W for the backward pass, each as large as W0: five more
 # models. Nothing of that shape needs keeping. BA and DC are formed again when they are needed, which costs 2 out in (r1 + r2)
 # operations against the 2 out in N of each of the three large products for N tokens: y = x W^T, dL/dx = dL/dy W and
-# G = dL/dW = (dL/dy)^T x. Dual LoRA has full fine-tuning's arithmetic and LoRA's memory.
+# G = dL/dW = (dL/dy)^T x. Dual LoRA has full fine-tuning's arithmetic and LoRA's memory. With s = warmup * alpha / sqrt(r1 r2):
+#
+#     g_m = s G ⊙ W_d ⊙ [BA > 0]        dB = g_m A^T     dA = B^T g_m
+#     g_d = Clip(s G ⊙ W_m, -1, 1)      dD = g_d C^T     dC = D^T g_d
 #
 # ReLU, Sign and the products around them are passes over (out, in), bound by bandwidth. They are made on blocks of rows that
 # stay in the CPU's cache; on a GPU the block only bounds the transient memory.
@@ -227,7 +231,10 @@ def autocast_on(kind):
 
 @contextlib.contextmanager
 def exact_float32(kind):
-    """Inside, products of float32 matrices on device type `kind` are float32 products, whatever autocast and TF32 say."""
+    """Inside, products of float32 matrices on device type `kind` are float32 products, whatever autocast and TF32 say.
+
+    torch has these switches for the process, not for a call; they are put back at once, as they were found.
+    """
     backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
     finer = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]  # torch 2.9 and newer
     try:
