@@ -313,6 +313,46 @@ def test_signs_are_those_of_float32_whatever_autocast_and_matmul_precision_say()
     assert report["frozen"] == pytest.approx((exact == 0).double().mean().item(), abs=1e-6)  # from a float32 mean
 
 
+def test_every_low_rank_product_is_made_with_full_precision_switched_on(monkeypatch):
+    # What the switch does can be seen on a GPU only (the test below); that it is on, everywhere.
+    seen, parts, product = [], dual_lora.parts, torch.Tensor.__matmul__
+
+    def spy(*args):
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return parts(*args)
+
+    layer = make()
+    monkeypatch.setattr(dual_lora, "parts", spy)
+    with reduced_precision():
+        layer(torch.randn(3, 32)).float().sum().backward()
+    assert seen == [("highest", False)] * 2, "forward and backward"
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))) or product(a, b))
+    seen.clear()
+    with reduced_precision():
+        layer.delta_weight(), adapter_report(layer), merge_adapters(layer)
+    assert len(seen) >= 8 and set(seen) == {("highest", False)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: TF32 exists only there")
+def test_on_cuda_tf32_and_bfloat16_flip_no_sign_and_the_cpu_merges_what_the_gpu_trained():
+    torch.manual_seed(0)
+    layer = DualLoRALinear(nn.Linear(1024, 1024, bias=False), r1=16, r2=16)
+    with torch.no_grad():
+        layer.weight.zero_()
+    exact = copy.deepcopy(layer).double().delta_weight()
+    on_gpu = copy.deepcopy(layer).cuda()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for enabled in (False, True):
+            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                used = on_gpu(torch.eye(1024, device="cuda")).t().double().cpu()
+            assert ((used > 0) != (exact > 0)).double().mean() < 1e-6
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    merged = merge_adapters(layer).weight
+    torch.testing.assert_close(on_gpu.delta_weight().cpu(), merged, rtol=1e-5, atol=1e-7)
+
+
 def test_gradients_under_autocast_are_near_the_exact_ones():
     layer, x = make(128, 96, r1=8, r2=8), torch.randn(64, 96)
     layer(x).square().mean().backward()
