@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Learning rates for (method, kind of model) when --learning_rate is not given; how they were chosen is in the README.
 LEARNING_RATES = {
-    "encoder": {"dual_lora": 5e-3, "lora": 5e-3, "dora": 5e-3, "full": 2e-4, "head": 5e-3},
+    "encoder": {"dual_lora": 5e-3, "lora": 5e-3, "dora": 5e-3, "full": 1e-4, "head": 2e-2},
     "gpt":     {"dual_lora": 2e-3, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 5e-3},
 }
 MAX_STEPS = {"encoder": 500, "gpt": 200}

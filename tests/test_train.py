@@ -328,6 +328,38 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_file(model, task, method,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
 
 
+def test_what_the_clip_has_cut_is_counted_across_an_interruption(toys, tmp_path, monkeypatch):
+    def tight(g_d, DC, ste, clip_count):  # counts what has a gradient: on a toy model the real clip never bites
+        clip_count += torch.tensor([(g_d != 0).sum(), g_d.numel()])
+        return g_d
+
+    monkeypatch.setattr(dual_lora, "clip_and_count", tight)
+    more = ["--checkpoint_interval=1"]
+    whole = run(toys, tmp_path / "whole", "bert", "classification", "dual_lora", *more)[-1]["report"]["clipped"]
+    original = train.check_losses
+
+    def stop(run):
+        original(run)
+        if run.step == 5:
+            raise Stop
+
+    monkeypatch.setattr(train, "check_losses", stop)
+    with pytest.raises(Stop):
+        train.main(arguments(toys, tmp_path / "cut", "bert", "classification", "dual_lora", *more))
+    monkeypatch.setattr(train, "check_losses", original)
+    resumed = run(toys, tmp_path / "cut", "bert", "classification", "dual_lora", *more, "--resume=true")
+    assert 0 < whole == resumed[-1]["report"]["clipped"]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero_and_is_what_the_optimizer_uses(toys, tmp_path, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: used.append({g["lr"] for g in self.param_groups}) or step(self))
+    run(toys, tmp_path, "bert", "classification", "lora", "--max_steps=8", "--lr_warmup_steps=4")
+    assert all(len(rates) == 1 for rates in used)
+    used = [rates.pop() for rates in used]
+    assert used == pytest.approx([0.01 * min(1, (s + 1) / 4) * (1 - s / 8) for s in range(8)]) and used[0] < max(used) > used[-1] > 0
+
+
 def test_a_finished_run_resumed_is_finished(toys, tmp_path, capsys):
     run(toys, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
