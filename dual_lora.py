@@ -526,7 +526,7 @@ def dual_report(layer):
     row = {"frozen": 1 - live.float().mean().item(),
            "dead_rows": (~live.any(1)).sum().item(), "dead_columns": (~live.any(0)).sum().item(),
            "flips_since_last": flips(layer.last), "flips_since_start": flips(layer.start), "clipped": cut / max(1, seen),
-           "direction_margin": DC.abs().flatten().kthvalue(math.ceil(DC.numel() / 10)).values.item()}
+           "direction_margin": DC.abs().flatten().cpu().kthvalue(math.ceil(DC.numel() / 10)).values.item()}
     layer.last = {key: p.detach().to("cpu", copy=True) for key, p in layer.adapters()}
     layer.clip_count.zero_()
     return row
@@ -536,7 +536,7 @@ def ranks(dW):
     """(effective rank, numerical rank at 1 %) of dW (out, in); 0 and 0 where dW is zero or not finite."""
     if not dW.isfinite().all() or not dW.any():
         return 0.0, 0
-    sigma = torch.linalg.svdvals(dW.float())
+    sigma = torch.linalg.svdvals(dW.float() if dW.is_cuda else dW.float().cpu())  # Apple's GPUs have no SVD
     share = sigma.square() / sigma.square().sum()
     return torch.special.entr(share).sum().exp().item(), (sigma > 0.01 * sigma[0]).sum().item()
 

@@ -9,6 +9,7 @@ a head on top, trained with the adapters. A GPT on multiple choice learns to con
 and is scored by the likelihood that it gives to each. out_dir receives metrics.jsonl (its last line is the final result),
 adapter.pt (for dual_lora.load_adapter) and checkpoint.pt (for --resume=true).
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -503,7 +504,7 @@ def loop(run, task, examples, validation, pad, device, dtype):
     cfg, model = run.cfg, run.model
     params = list(run.trainable().values())
     n_batches = max(1, len(examples) // cfg.batch_size)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     epoch, clock = None, Clock(run.step)
     model.train()
     while run.step < cfg.max_steps:
@@ -632,7 +633,9 @@ def finish(run, task, n_validation, seconds, device):
 
     print(f"\n{task.name}, {cfg.method}: {task.metric} {result['value']:.4f} at the last step ({n_validation:,} validation examples); "
           f"best {result['best_value']:.4f} at step {result['best_step']}; most frequent answer {result['majority']:.4f}")
-    print(f"trainable parameters {adapters + other:,} ({100 * (adapters + other) / total:.2f} % of {total:,}), {seconds:.0f} seconds")
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    print(f"trainable parameters {adapters + other:,} ({100 * (adapters + other) / total:.2f} % of {total:,}), {seconds:.0f} seconds"
+          + (f", {peak / 2**20:,.0f} MiB of GPU memory at most" if peak else ""))
     means = result["report"]
     if "frozen" in means:
         print(f"dW, mean over {len(report)} layers: {100 * means['frozen']:.1f} % frozen, {100 * means['flips_since_start']:.1f} % of signs flipped, "
@@ -645,7 +648,6 @@ def finish(run, task, n_validation, seconds, device):
     if cfg.method == "dual_lora" and warmup_factor(cfg, run.step) < 1:
         print(f"the run ended inside the warm-up: dW stands at {warmup_factor(cfg, run.step):.2f} of its size, and so in the file")
     print(f"{path} holds what was trained: dual_lora.load_adapter puts it on the base model")
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {**result, "seconds": seconds, "peak_memory": peak}
 
 
