@@ -1,14 +1,15 @@
-"""Two small transformers that load published weights: GPT (GPT-2, LLaMA) and Encoder (BERT, RoBERTa).
+"""Two small transformers that load published weights: GPT (GPT-2, LLaMA) and Encoder (BERT, RoBERTa, DeBERTa v1 to v3).
 
     model = load_pretrained("path/to/folder")           # or GPT.from_pretrained, Encoder.from_pretrained
     logits, loss = gpt(idx, targets)                    # idx (B, T) token ids, logits (B, T, vocab)
     hidden = encoder(idx, mask)                         # (B, T, n_embd)
     scores = Classifier(encoder, n_classes)(idx, mask)  # (B, n_classes)
+    more = gpt.generate(idx, mask, max_new_tokens=32)   # greedy, with a key-value cache; padding on the left
 
-A family is a row of data: what differs between GPT-2 and LLaMA, or BERT and RoBERTa, is a field of the config, decided once when the
+A family is a row of data: what differs between GPT-2 and LLaMA, or BERT and DeBERTa, is a field of the config, decided once when the
 model is built. Layers have the same names in both classes, q_proj k_proj v_proj o_proj up_proj down_proj (gate_proj), all plain
-nn.Linear; GPT-2's fused projection is split on load. Outputs equal those of Hugging Face's transformers to rounding.
-Left out on purpose: dropout (fine-tuning is short), key-value caches (nothing here generates), quantised weights.
+nn.Linear; fused projections (GPT-2, DeBERTa v1) are split on load. Outputs equal those of Hugging Face's transformers to rounding.
+Left out on purpose: dropout (fine-tuning is short), sampling, quantised weights.
 """
 import json
 import math
@@ -23,7 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-ACTIVATIONS = {"gelu": {}, "gelu_new": {"approximate": "tanh"}, "gelu_pytorch_tanh": {"approximate": "tanh"}, "silu": None, "relu": None}
+ACTIVATIONS = {"gelu": {}, "gelu_new": {"approximate": "tanh"}, "gelu_pytorch_tanh": {"approximate": "tanh"}, "silu": None, "relu": None,
+               "tanh": None}
 
 
 def activate(name, x):
@@ -33,26 +35,65 @@ def activate(name, x):
 class Attention(nn.Module):
     """Softmax attention with n_head query heads and n_kv_head key and value heads, which groups of queries share."""
 
-    def __init__(self, n_embd, n_head, n_kv_head, head_dim, bias, out_bias):
+    def __init__(self, n_embd, n_head, n_kv_head, head_dim, bias, out_bias, k_bias=None):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
         self.q_proj = nn.Linear(n_embd, n_head * head_dim, bias=bias)
-        self.k_proj = nn.Linear(n_embd, n_kv_head * head_dim, bias=bias)
+        self.k_proj = nn.Linear(n_embd, n_kv_head * head_dim, bias=bias if k_bias is None else k_bias)
         self.v_proj = nn.Linear(n_embd, n_kv_head * head_dim, bias=bias)
         self.o_proj = nn.Linear(n_head * head_dim, n_embd, bias=out_bias)
 
-    def forward(self, x, allowed, causal, rope=None):
-        """x (B, T, n_embd); allowed: bool, broadcastable to (B, nh, T, T), True where a query may look, or None for anywhere."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)     # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+    def heads(self, x, n_head):
+        return x.view(*x.shape[:-1], n_head, self.head_dim).transpose(-2, -3)  # (..., nh, T, hs)
+
+    def forward(self, x, allowed, causal, rope=None, cache=None):
+        """x (B, T, n_embd); allowed: bool, broadcastable to (B, nh, T, S), True where a query may look, or None for anywhere.
+
+        cache: a list, empty at first, that holds the keys and values of earlier calls; S counts those positions too.
+        """
+        q = self.heads(self.q_proj(x), self.n_head)     # (B, nh, T, hs)
+        k = self.heads(self.k_proj(x), self.n_kv_head)  # (B, nkv, S, hs)
+        v = self.heads(self.v_proj(x), self.n_kv_head)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v))) if cache else (k, v)
+            cache[:] = k, v
         if self.n_kv_head != self.n_head:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)  # (B, nh, T, hs)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class DisentangledAttention(Attention):
+    """DeBERTa's (He et al., arXiv 2006.03654): beside content to content, the query's content meets the key's distance (c2p) and
+    the key's content the query's (p2c). Distances are rows of one table, with projections of their own or (v3) the content's."""
+
+    def __init__(self, cfg):
+        width = cfg.head_dim * cfg.n_head
+        super().__init__(cfg.n_embd, cfg.n_head, cfg.n_head, cfg.head_dim, True, True, cfg.k_bias)
+        self.c2p, self.p2c = "c2p" in cfg.relative, "p2c" in cfg.relative
+        own = not cfg.relative_shared
+        self.pos_k_proj = nn.Linear(cfg.n_embd, width, bias=cfg.k_bias) if own and self.c2p else None
+        self.pos_q_proj = nn.Linear(cfg.n_embd, width) if own and self.p2c else None
+
+    def forward(self, x, allowed, causal, relative):
+        """As Attention; relative: (rows of the table (R, n_embd), which of them belongs to each query and key (T, T))."""
+        q, k, v = (self.heads(proj(x), self.n_head) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, nh, T, hs)
+        table, index = relative
+        scale = 1 / math.sqrt(self.head_dim * (1 + self.c2p + self.p2c))
+        q, index = q * scale, index.expand(*q.shape[:2], -1, -1)  # scaled before the products: half precision overflows after
+        bias = q.new_zeros(())
+        if self.c2p:
+            pos_k = self.heads((self.pos_k_proj or self.k_proj)(table), self.n_head)  # (nh, R, hs)
+            bias = bias + (q @ pos_k.mT).gather(-1, index)                            # (B, nh, T, T): query, key
+        if self.p2c:
+            pos_q = self.heads((self.pos_q_proj or self.q_proj)(table), self.n_head)
+            bias = bias + (k @ (pos_q * scale).mT).gather(-1, index.mT).mT
+        if allowed is not None:
+            bias = bias.masked_fill(~allowed, torch.finfo(bias.dtype).min)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)  # (B, nh, T, hs)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -69,10 +110,12 @@ class MLP(nn.Module):
         return self.down_proj(activate(self.activation, self.gate_proj(x)) * self.up_proj(x))
 
 
-def run_layers(model, x, *args):
+def run_layers(model, x, *args, cache=None):
     """Through model.layers; where model.checkpoint asks for it, keeping only what enters each layer for the backward pass."""
-    for layer in model.layers:
-        if model.checkpoint and model.training:
+    for i, layer in enumerate(model.layers):
+        if cache is not None:
+            x = layer(x, *args, cache[i])
+        elif model.checkpoint and model.training:
             x = checkpoint(layer, x, *args, use_reentrant=False)
         else:
             x = layer(x, *args)
@@ -128,9 +171,9 @@ def yarn_amplitude(factor, scale):
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rope_table(cfg, positions, dtype):
-    """cos and sin for positions (T,) or (B, T): each (..., 1, T, hs), to broadcast over heads."""
-    frequencies, amplitude = rope_frequencies(cfg, positions.shape[-1])
+def rope_table(cfg, positions, length, dtype):
+    """cos and sin for positions (T,) or (B, T) of a text of `length` tokens: each (..., 1, T, hs), to broadcast over heads."""
+    frequencies, amplitude = rope_frequencies(cfg, length)
     angles = positions.float()[..., None, :, None] * frequencies.to(positions.device)  # (..., 1, T, hs / 2), float32: bf16 would blur them
     angles = torch.cat([angles, angles], dim=-1)
     return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
@@ -191,8 +234,8 @@ class GPTBlock(nn.Module):
         self.norm2 = norm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg.n_embd, cfg.n_inner, cfg.activation, cfg.gated, cfg.mlp_bias)
 
-    def forward(self, x, allowed, rope):
-        x = x + self.attention(self.norm1(x), allowed, True, rope)
+    def forward(self, x, allowed, rope, cache=None):
+        x = x + self.attention(self.norm1(x), allowed, True, rope, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -222,28 +265,32 @@ class GPT(nn.Module):
     def n_embd(self):
         return self.config.n_embd
 
-    def hidden(self, idx, mask=None):
-        """Last hidden states (B, T, n_embd), after the final norm. idx (B, T) token ids; mask (B, T), True for real tokens.
+    def hidden(self, idx, mask=None, cache=None):
+        """Last hidden states (B, T, n_embd), after the final norm. idx (B, T) token ids; mask (B, S), True for real tokens.
 
         The mask is needed for padding on the left only: positions then count real tokens. Padding on the right lies in every
-        real token's future. ValueError where T exceeds the table of learned positions.
+        real token's future. cache: a list per layer, empty at first, that takes up keys and values, so that the next call
+        gives the new tokens alone; with it the mask spans all S positions so far. ValueError where S exceeds the table of
+        learned positions.
         """
         T = idx.shape[1]
-        if self.positions is not None and T > self.max_length:
-            raise ValueError(f"a sequence of {T} tokens: this model has {self.max_length} positions")
-        positions, allowed = torch.arange(T, device=idx.device), None
-        if mask is not None:
-            mask = mask.bool()
-            causal = positions[:, None] >= positions  # (T, T): query, key
-            # the diagonal stays, so that a query that is padding has something to look at and does not become NaN
-            allowed = (mask[:, None, None, :] & causal) | torch.eye(T, dtype=torch.bool, device=idx.device)  # (B, 1, T, T)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T)
+        S = T + (cache[0][0].shape[2] if cache and cache[0] else 0)
+        if self.positions is not None and S > self.max_length:
+            raise ValueError(f"a sequence of {S} tokens: this model has {self.max_length} positions")
+        positions, allowed = torch.arange(S, device=idx.device), None
+        if mask is not None or S > T:
+            same = positions[-T:, None] == positions  # (T, S): query, key
+            causal = positions[-T:, None] >= positions
+            mask = torch.ones_like(idx[:, :1], dtype=torch.bool).expand(-1, S) if mask is None else mask.bool()
+            # a query sees itself, so that one that is padding has something to look at and does not become NaN
+            allowed = (mask[:, None, None, :] & causal) | same  # (B, 1, T, S)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
         x = self.embed(idx)
         if self.positions is not None:
-            x, rope = x + self.positions(positions), None
+            x, rope = x + self.positions(positions[..., -T:]), None
         else:
-            rope = rope_table(self.config, positions, x.dtype)
-        return self.norm(run_layers(self, x, allowed, rope))
+            rope = rope_table(self.config, positions[..., -T:], S, x.dtype)
+        return self.norm(run_layers(self, x, allowed, rope, cache=cache))
 
     def forward(self, idx, targets=None, mask=None):
         """(logits (B, T, vocab), loss). targets[:, t] is what should follow idx[:, t], -100 where a position does not count; the
@@ -252,6 +299,25 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def generate(self, idx, mask=None, max_new_tokens=32, stop=None):
+        """Greedy continuation of idx (B, T), padded on the left where mask (B, T) is False: new ids (B, at most max_new_tokens).
+
+        It ends when every row has given `stop`, a token id, and after it a row holds nothing but that. Where dynamic or longrope
+        scaling sets in on the way, earlier keys keep their rotation.
+        """
+        mask = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask.bool()
+        cache, new, ended = [[] for _ in self.layers], [], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            token = self.lm_head(self.hidden(idx, mask, cache)[:, -1]).argmax(-1)  # (B,)
+            token = token if stop is None else torch.where(ended, stop, token)
+            new.append(token)
+            ended = ended | (token == stop) if stop is not None else ended
+            if ended.all():
+                break
+            idx, mask = token[:, None], F.pad(mask, (0, 1), value=True)
+        return torch.stack(new, dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dtype=torch.float32, device="cpu"):
@@ -270,37 +336,79 @@ class EncoderConfig:
     n_head: int
     n_embd: int
     n_inner: int
-    n_positions: int          # rows of the position table
-    n_types: int = 2          # token types: first and second text
+    n_positions: int          # longest text; for BERT and RoBERTa the rows of the position table
+    n_types: int = 2          # token types: first and second text; 0: none
     position_offset: int = 0  # RoBERTa: padding_idx + 1, so that of 514 rows 512 are left
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    # DeBERTa
+    learned_positions: bool = True  # added to the input; DeBERTa leaves them out
+    relative: tuple = ()            # terms of disentangled attention, of "c2p" and "p2c"; (): plain attention
+    relative_span: int = 0          # the table of distances has 2 * relative_span rows
+    relative_buckets: int = 0       # v2, v3: far distances share rows, by their logarithm; 0: a row each
+    relative_furthest: int = 0      # v2, v3: the distance that the last bucket stands for
+    relative_shared: bool = False   # v3: distances go through k_proj and q_proj
+    relative_norm: bool = False     # v2, v3: LayerNorm on the table
+    k_bias: bool = True             # v1 has none
+    head_dim: int = 0               # 0: n_embd / n_head
+    embed_dim: int = 0              # 0: n_embd; else a projection leads from it to n_embd
+    conv_kernel: int = 0            # v2: width of a convolution beside the first layer; 0: none
+    conv_groups: int = 1
+    conv_activation: str = "tanh"
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.embed_dim = self.embed_dim or self.n_embd
 
 
 class EncoderBlock(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, conv=False):
         super().__init__()
-        self.attention = Attention(cfg.n_embd, cfg.n_head, cfg.n_head, cfg.n_embd // cfg.n_head, True, True)
+        plain = cfg.n_embd, cfg.n_head, cfg.n_head, cfg.head_dim, True, True
+        self.attention = DisentangledAttention(cfg) if cfg.relative else Attention(*plain)
         self.norm1 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg.n_embd, cfg.n_inner, cfg.activation, False, True)
         self.norm2 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.conv = None
+        if conv:
+            self.conv_activation = cfg.conv_activation
+            self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, cfg.conv_kernel, padding=(cfg.conv_kernel - 1) // 2, groups=cfg.conv_groups)
+            self.conv_norm = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
 
-    def forward(self, x, allowed):
-        x = self.norm1(x + self.attention(x, allowed, False))
-        return self.norm2(x + self.mlp(x))
+    def forward(self, x, allowed, relative=None, real=None):
+        y = self.norm1(x + self.attention(x, allowed, False, relative))
+        y = self.norm2(y + self.mlp(y))
+        if self.conv is None:
+            return y
+        # real (B, T, 1) is 0 at padding, which the convolution would otherwise carry into its neighbours
+        beside = self.conv((x * real).mT).mT * real  # (B, T, n_embd)
+        return self.conv_norm(y + activate(self.conv_activation, beside)) * real
+
+
+def distance_rows(cfg, T):
+    """The table's row for each distance from -(T - 1) to T - 1 between query and key (2 T - 1,), on the CPU."""
+    distance, mid = torch.arange(1 - T, T), cfg.relative_buckets // 2
+    if cfg.relative_buckets:  # exact up to mid, then by the logarithm
+        far = distance.abs().clamp(min=mid)
+        steps = torch.log(far / mid) / torch.log(torch.tensor((cfg.relative_furthest - 1) / mid)) * (mid - 1)
+        distance = torch.where(far <= mid, distance, distance.sign() * (steps.ceil().long() + mid))
+    return (distance + cfg.relative_span).clamp(0, 2 * cfg.relative_span - 1)
 
 
 class Encoder(nn.Module):
-    """BERT or RoBERTa, without pooler. checkpoint=True recomputes activations in the backward pass."""
+    """BERT, RoBERTa or DeBERTa, without pooler. checkpoint=True recomputes activations in the backward pass."""
 
     def __init__(self, config, checkpoint=False):
         super().__init__()
         self.config, self.checkpoint = config, checkpoint
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = nn.Embedding(config.n_positions, config.n_embd)
-        self.types = nn.Embedding(config.n_types, config.n_embd)
+        self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.positions = nn.Embedding(config.n_positions, config.embed_dim) if config.learned_positions else None
+        self.types = nn.Embedding(config.n_types, config.embed_dim) if config.n_types else None
+        self.embed_proj = nn.Linear(config.embed_dim, config.n_embd, bias=False) if config.embed_dim != config.n_embd else None
         self.embed_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer))
+        self.distances = nn.Embedding(2 * config.relative_span, config.n_embd) if config.relative else None
+        self.distances_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps) if config.relative_norm else None
+        self.layers = nn.ModuleList(EncoderBlock(config, conv=config.conv_kernel > 0 and i == 0) for i in range(config.n_layer))
 
     def tie(self):
         """Nothing is shared here."""
@@ -329,10 +437,25 @@ class Encoder(nn.Module):
             if self.config.position_offset:
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
         positions = positions + self.config.position_offset  # RoBERTa's first token is at padding_idx + 1, wherever padding lies
-        if token_type is None or self.config.n_types == 1:  # RoBERTa has one type: pairs are told apart by their separators
-            token_type = torch.zeros_like(idx)
-        x = self.embed_norm(self.embed(idx) + self.positions(positions) + self.types(token_type))
-        return run_layers(self, x, allowed)
+        x = self.embed(idx)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.types is not None:  # RoBERTa has one type: pairs are told apart by their separators
+            x = x + self.types(torch.zeros_like(idx) if token_type is None or self.config.n_types == 1 else token_type)
+        x = self.embed_norm(x if self.embed_proj is None else self.embed_proj(x))
+        if self.distances is None:
+            return run_layers(self, x, allowed)
+        real = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
+        return run_layers(self, x, allowed, self.relative(T), real)
+
+    def relative(self, T):
+        """The rows of the table that a text of T tokens needs (R, n_embd), and which of them is each query's and key's (T, T)."""
+        rows = distance_rows(self.config, T)
+        first, last = rows[0].item(), rows[-1].item()  # on the CPU: no wait for a GPU
+        table = self.distances.weight[first:last + 1]
+        table = table if self.distances_norm is None else self.distances_norm(table)
+        rows, position = (rows - first).to(table.device), torch.arange(T, device=table.device)
+        return table, rows[position[:, None] - position + T - 1]
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dtype=torch.float32, device="cpu"):
@@ -409,6 +532,28 @@ BERT_NAMES = {
 }
 
 
+DEBERTA_NAMES = {
+    **{theirs: ours for theirs, ours in BERT_NAMES.items() if ".self." not in theirs},
+    "embeddings.embed_proj":                             "embed_proj",
+    "encoder.rel_embeddings":                            "distances",
+    "encoder.LayerNorm":                                 "distances_norm",
+    "encoder.conv.conv":                                 "layers.0.conv",
+    "encoder.conv.LayerNorm":                            "layers.0.conv_norm",
+    # v1
+    "encoder.layer.{i}.attention.self.in_proj":          "layers.{i}.attention.q_proj layers.{i}.attention.k_proj layers.{i}.attention.v_proj",
+    "encoder.layer.{i}.attention.self.q_bias":           "layers.{i}.attention.q_proj.bias",
+    "encoder.layer.{i}.attention.self.v_bias":           "layers.{i}.attention.v_proj.bias",
+    "encoder.layer.{i}.attention.self.pos_proj":         "layers.{i}.attention.pos_k_proj",
+    "encoder.layer.{i}.attention.self.pos_q_proj":       "layers.{i}.attention.pos_q_proj",
+    # v2, v3
+    "encoder.layer.{i}.attention.self.query_proj":       "layers.{i}.attention.q_proj",
+    "encoder.layer.{i}.attention.self.key_proj":         "layers.{i}.attention.k_proj",
+    "encoder.layer.{i}.attention.self.value_proj":       "layers.{i}.attention.v_proj",
+    "encoder.layer.{i}.attention.self.pos_key_proj":     "layers.{i}.attention.pos_k_proj",
+    "encoder.layer.{i}.attention.self.pos_query_proj":   "layers.{i}.attention.pos_q_proj",
+}
+
+
 def gpt2_config(c):
     unsupported(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
     return GPTConfig(c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], c.get("n_inner") or 4 * c["n_embd"], c["n_positions"],
@@ -446,14 +591,56 @@ def roberta_config(c):
     return bert_config(c, offset=c.get("pad_token_id", 1) + 1)
 
 
+def deberta_config(c, version=1):
+    unsupported(c, relative_attention=True, talking_head=False)
+    terms = c.get("pos_att_type") or ()
+    terms = tuple(term.strip() for term in (terms.split("|") if isinstance(terms, str) else terms))
+    if not terms or set(terms) - {"c2p", "p2c"}:
+        raise ValueError(f"pos_att_type is {c.get('pos_att_type')!r}; c2p and p2c are supported")
+    furthest = c.get("max_relative_positions", -1)
+    furthest = furthest if furthest > 0 else c["max_position_embeddings"]
+    buckets = max(0, c.get("position_buckets", -1)) if version == 2 else 0
+    cfg = EncoderConfig(c["vocab_size"], c["num_hidden_layers"], c["num_attention_heads"], c["hidden_size"], c["intermediate_size"],
+                        c["max_position_embeddings"], c.get("type_vocab_size", 0), 0, c.get("layer_norm_eps", 1e-7),
+                        activation(c.get("hidden_act", "gelu")), learned_positions=c.get("position_biased_input", True),
+                        relative=terms, relative_span=buckets or furthest, relative_buckets=buckets, relative_furthest=furthest,
+                        k_bias=version == 2, embed_dim=c.get("embedding_size") or 0)
+    if version == 2:
+        norms = [part.strip() for part in (c.get("norm_rel_ebd") or "none").lower().split("|")]
+        cfg.relative_norm, cfg.relative_shared = "layer_norm" in norms, c.get("share_att_key", False)
+        cfg.head_dim = c.get("attention_head_size") or cfg.head_dim
+        cfg.conv_kernel, cfg.conv_groups = c.get("conv_kernel_size") or 0, c.get("conv_groups", 1)
+        cfg.conv_activation = activation(c.get("conv_act", "tanh"))
+    return cfg
+
+
+def deberta2_config(c):
+    return deberta_config(c, version=2)
+
+
+def turn_conv1d(name, tensor, cfg):
+    """GPT-2 stores these weights as (in, out)."""
+    return tensor.t() if re.fullmatch(r"h\..*\.(c_attn|c_proj|c_fc)\.weight", name) else tensor
+
+
+def ungroup_heads(name, tensor, cfg):
+    """DeBERTa v1 stores a head's query, key and value rows together: to all queries, all keys, all values."""
+    if not name.endswith("self.in_proj.weight"):
+        return tensor
+    return tensor.reshape(cfg.n_head, 3, cfg.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
+
+
 # Tensors that published files hold and these models do not use: heads of other tasks, and buffers.
 ENCODER_EXTRAS = r"(pooler|cls|classifier|lm_head|qa_outputs|score)\b.*|.*position_ids"
-# model_type: class, config, names, the prefix that some files put before them, what may be left over, weights stored (in, out)
+DEBERTA_EXTRAS = ENCODER_EXTRAS + r"|(lm|mask)_predictions\b.*|embeddings\.position_embeddings\.weight"
+# model_type: class, config, names, the prefix that some files put before them, what may be left over, how a tensor is turned
 FAMILIES = {
-    "gpt2":    (GPT, gpt2_config, GPT2_NAMES, "transformer.", r"h\.\d+\.attn\.(bias|masked_bias)|score\..*", r"h\..*\.(c_attn|c_proj|c_fc)\.weight"),
-    "llama":   (GPT, llama_config, LLAMA_NAMES, "model.", r".*rotary_emb\.inv_freq|score\..*", None),
-    "bert":    (Encoder, bert_config, BERT_NAMES, "bert.", ENCODER_EXTRAS, None),
-    "roberta": (Encoder, roberta_config, BERT_NAMES, "roberta.", ENCODER_EXTRAS, None),
+    "gpt2":       (GPT, gpt2_config, GPT2_NAMES, "transformer.", r"h\.\d+\.attn\.(bias|masked_bias)|score\..*", turn_conv1d),
+    "llama":      (GPT, llama_config, LLAMA_NAMES, "model.", r".*rotary_emb\.inv_freq|score\..*", None),
+    "bert":       (Encoder, bert_config, BERT_NAMES, "bert.", ENCODER_EXTRAS, None),
+    "roberta":    (Encoder, roberta_config, BERT_NAMES, "roberta.", ENCODER_EXTRAS, None),
+    "deberta":    (Encoder, deberta_config, DEBERTA_NAMES, "deberta.", DEBERTA_EXTRAS, ungroup_heads),
+    "deberta-v2": (Encoder, deberta2_config, DEBERTA_NAMES, "deberta.", DEBERTA_EXTRAS, None),
 }
 
 
@@ -513,7 +700,7 @@ def read_config(path):
 @torch.no_grad()
 def fill(model, family, tensors):
     """Copy every (name, tensor, file) into its parameter; each parameter exactly once."""
-    _, _, names, prefix, extras, transposed = family
+    _, _, names, prefix, extras, turn = family
     theirs = {}
     for i in range(len(model.layers)):
         theirs.update({their.format(i=i): ours.format(i=i).split() for their, ours in names.items()})
@@ -523,12 +710,12 @@ def fill(model, family, tensors):
         files.append(path)
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix(prefix)))
         module, _, kind = name.rpartition(".")
-        ours = [f"{target}.{kind}" for target in theirs.get(module, [])]
+        ours = theirs.get(name) or [f"{target}.{kind}" for target in theirs.get(module, [])]
         if not ours or any(target not in parameters for target in ours):
             if re.fullmatch(extras, name):
                 continue
             raise ValueError(f"{path} holds tensor {name!r}, for which this model has no place")
-        turned = tensor.t() if transposed and re.fullmatch(transposed, name) else tensor
+        turned = turn(name, tensor, model.config) if turn else tensor
         pieces = turned.chunk(len(ours)) if len(ours) > 1 else [turned]
         for target, piece in zip(ours, pieces):
             if piece.shape != parameters[target].shape:
@@ -594,7 +781,8 @@ def read_safetensors(path):
             if last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{path}: tensor {name!r} of shape {tuple(shape)} has {last - first} bytes")
             file.seek(8 + length + first)
-            raw = bytearray(file.read(last - first))
+            raw = bytearray(last - first)
+            file.readinto(raw)
             yield name, torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from model import GPT, Classifier, Encoder, GPTConfig, load_pretrained
+from model import GPT, Classifier, Encoder, EncoderConfig, GPTConfig, distance_rows, load_pretrained
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 ROPE = {
@@ -22,6 +22,21 @@ ROPE = {
 }
 
 
+# As published: v1 base, v2 xlarge (convolution, shared keys, buckets), v3; and what their configs allow besides.
+DEBERTA = {
+    "v1": ("deberta", dict(**SIZE, max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"],
+                           position_biased_input=False, type_vocab_size=0)),
+    "v2": ("deberta-v2", dict(**SIZE, max_position_embeddings=512, relative_attention=True, pos_att_type="p2c|c2p", position_buckets=256,
+                              position_biased_input=False, type_vocab_size=0, norm_rel_ebd="layer_norm", share_att_key=True,
+                              conv_kernel_size=3, conv_act="gelu", attention_head_size=8)),
+    "v3": ("deberta-v2", dict(**SIZE, max_position_embeddings=512, relative_attention=True, pos_att_type="p2c|c2p", position_buckets=256,
+                              position_biased_input=False, type_vocab_size=0, norm_rel_ebd="layer_norm", share_att_key=True)),
+    "v2, no buckets": ("deberta-v2", dict(**SIZE, max_position_embeddings=64, relative_attention=True, pos_att_type="c2p|p2c", type_vocab_size=2)),
+    "v2, one term": ("deberta-v2", dict(**SIZE, max_position_embeddings=64, relative_attention=True, pos_att_type="p2c", position_buckets=8,
+                                        embedding_size=24, conv_kernel_size=5, conv_groups=2, conv_act="tanh")),
+}
+
+
 def reference(family, folder, **changes):
     """A random model of the field's own, saved to `folder`, every parameter away from its initial value."""
     transformers = pytest.importorskip("transformers")
@@ -33,6 +48,10 @@ def reference(family, folder, **changes):
         config = transformers.LlamaConfig(**SIZE, num_key_value_heads=2, max_position_embeddings=changes.pop("max_position_embeddings", 64),
                                           rope_parameters={"rope_theta": 10000.0, **changes.pop("rope", ROPE["default"])}, **changes)
         model = transformers.LlamaForCausalLM(config)
+    elif family == "deberta":
+        model = transformers.DebertaModel(transformers.DebertaConfig(**DEBERTA["v1"][1], **changes))
+    elif family == "deberta-v2":
+        model = transformers.DebertaV2Model(transformers.DebertaV2Config(**changes))
     elif family == "bert":
         model = transformers.BertModel(transformers.BertConfig(**SIZE, max_position_embeddings=64, **changes))
     else:
@@ -50,6 +69,27 @@ def assert_gpt_equal(ours, theirs, lengths=(1, 9, 60)):
         torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
         hidden = theirs(idx, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(ours.hidden(idx), hidden, atol=1e-4, rtol=1e-4)
+
+
+# Small models of our own
+
+
+def tiny_config(learned=True, **changes):
+    base = dict(learned_positions=True) if learned else dict(learned_positions=False, rms_norm=True, gated=True, activation="silu", n_kv_head=2)
+    return GPTConfig(99, 2, 4, 32, 48, 64, **{**base, **changes})
+
+
+def tiny_gpt(learned=True, **changes):
+    torch.manual_seed(0)
+    model = GPT(tiny_config(learned, **changes))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def tiny_deberta(**changes):
+    return EncoderConfig(99, 2, 4, 32, 48, **{**dict(n_positions=64, n_types=0, learned_positions=False, relative=("c2p", "p2c"), relative_span=32,
+                                                     relative_buckets=32, relative_furthest=512, relative_shared=True, relative_norm=True), **changes})
 
 
 # Equality
@@ -100,6 +140,157 @@ def test_encoders_equal_the_reference_padded_batches_included(family, act, tmp_p
         torch.testing.assert_close(ours(idx[:1]), theirs(idx[:1]).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", DEBERTA)
+@torch.no_grad()
+def test_debertas_equal_the_reference_at_every_length_padded_batches_included(kind, tmp_path):
+    family, settings = DEBERTA[kind]
+    theirs = reference(family, tmp_path, **({} if kind == "v1" else settings))
+    ours = Encoder.from_pretrained(tmp_path)
+    longest = settings["max_position_embeddings"]
+    for T in (1, 2, 9, 60, 129, 300, 512):
+        if T > longest:
+            continue
+        idx, mask = torch.randint(99, (3, T)), torch.ones(3, T, dtype=torch.long)
+        mask[1, (T + 1) // 2:] = 0
+        mask[2, :T // 3] = 0  # padding on the left
+        expected = theirs(idx, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(ours(idx, mask)[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(idx), theirs(idx).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_buckets_are_exact_nearby_shared_far_off_and_end_in_the_last():
+    cfg = Encoder(tiny_deberta()).config
+    rows = distance_rows(cfg, 512) - cfg.relative_span  # of distances -511 to 511
+    assert rows[511 - 16:511 + 17].tolist() == list(range(-16, 17)), "one row a distance up to half the buckets"
+    assert rows.tolist() == sorted(rows.tolist()) and (rows + rows.flip(0) == 0)[1:-1].all(), "symmetric and in order"
+    far = rows[511 + 17:]
+    assert far[0] == 17 and far[-1] == 31 and len(far.unique()) == 15
+    assert (distance_rows(cfg, 2000) == 0).sum() > 1 and distance_rows(cfg, 2000).max() == 63, "what is further off shares the outermost rows"
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+@torch.no_grad()
+def test_debertas_heads_and_leftovers_are_no_obstacle_and_names_may_lack_the_prefix(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    family, settings = DEBERTA[kind]
+    config, cls = ((transformers.DebertaConfig, transformers.DebertaForMaskedLM) if kind == "v1"
+                   else (transformers.DebertaV2Config, transformers.DebertaV2ForSequenceClassification))
+    theirs = cls(config(**settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("deberta.") for name in tensors) and any(not name.startswith("deberta.") for name in tensors)
+    ours = Encoder.from_pretrained(tmp_path)
+    idx = torch.randint(99, (2, 20))
+    torch.testing.assert_close(ours(idx), theirs.deberta(idx).last_hidden_state, atol=1e-4, rtol=1e-4)
+    bare = {name.removeprefix("deberta."): value for name, value in tensors.items()}
+    bare["embeddings.position_ids"] = torch.arange(64)[None]
+    bare["embeddings.position_embeddings.weight"] = torch.randn(64, 32)  # published v3 files hold it, unused
+    bare["lm_predictions.lm_head.bias"] = torch.randn(99)
+    write(tmp_path / "model.safetensors", {name: value for name, value in bare.items() if value.is_floating_point()})
+    torch.testing.assert_close(Encoder.from_pretrained(tmp_path)(idx), ours(idx), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_deberta_in_half_precision_stays_finite_on_rows_of_nothing_but_padding_and_at_512(dtype):
+    torch.manual_seed(0)
+    model = Encoder(tiny_deberta(n_positions=512)).to(dtype).eval()
+    for p in model.parameters():
+        p.mul_(8)  # scores in the hundreds
+    mask = torch.ones(2, 512, dtype=torch.bool)
+    mask[1] = False
+    assert model(torch.randint(99, (2, 512)), mask).isfinite().all()
+
+
+def test_a_deberta_learns_through_its_table_and_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = Encoder(tiny_deberta(conv_kernel=3)).train()
+    idx, mask = torch.randint(99, (2, 30)), torch.ones(2, 30, dtype=torch.bool)
+    mask[1, 20:] = False
+
+    def gradients():
+        model.zero_grad()
+        model(idx, mask).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    assert model.distances.weight.grad.abs().sum() > 0
+    model.checkpoint = True
+    for a, b in zip(plain, gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+# Generation
+
+
+def prompts(lengths=(1, 7, 12)):
+    """Random prompts of these lengths, as rows and as one batch padded on the left with its mask."""
+    rows = [torch.randint(1, 99, (1, n)) for n in lengths]
+    idx, mask = torch.zeros(len(rows), max(lengths), dtype=torch.long), torch.zeros(len(rows), max(lengths), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        idx[i, -row.shape[1]:], mask[i, -row.shape[1]:] = row, True
+    return rows, idx, mask
+
+
+@torch.no_grad()
+def greedy_without_cache(model, idx, n):
+    for _ in range(n):
+        idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    return idx[:, -n:]
+
+
+def scrambled(model):
+    """Weights wide enough that a greedy continuation does not repeat one token."""
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, mean=float("norm" in name and name.endswith("weight")), std=0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", *ROPE])
+def test_generating_with_the_cache_equals_generating_without_it(kind):
+    learned = kind == "gpt2"
+    rope = {} if learned else {**ROPE[kind], "type": ROPE[kind]["rope_type"]}
+    if kind == "longrope":  # all within the pre-trained length: what was cached keeps its rotation
+        rope.update(original_max_position_embeddings=64)
+    model = scrambled(GPT(tiny_config(learned, rope=rope)))
+    rows, _, _ = prompts()
+    for row in rows:
+        expected = greedy_without_cache(model, row, 24)
+        assert len(set(expected[0].tolist())) > 3
+        assert torch.equal(model.generate(row, max_new_tokens=24), expected)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_batch_generates_what_its_rows_generate_one_by_one(learned):
+    model = scrambled(GPT(tiny_config(learned)))
+    rows, idx, mask = prompts()
+    together = model.generate(idx, mask, max_new_tokens=20)
+    for row, line in zip(rows, together):
+        assert torch.equal(model.generate(row, max_new_tokens=20)[0], line)
+
+
+def test_generation_equals_the_references(tmp_path):
+    theirs = reference("llama", tmp_path, max_position_embeddings=64)
+    ours = GPT.from_pretrained(tmp_path)
+    _, idx, mask = prompts()
+    expected = theirs.generate(idx, attention_mask=mask.long(), max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(idx, mask, max_new_tokens=15), expected[:, idx.shape[1]:])
+
+
+def test_generation_ends_at_the_stop_token_and_says_nothing_after_it():
+    model = scrambled(GPT(tiny_config(True)))
+    rows, idx, mask = prompts()
+    free = model.generate(idx, mask, max_new_tokens=20)
+    stop = free[0, 3].item()
+    stopped = model.generate(idx, mask, max_new_tokens=20, stop=stop)
+    for line, before in zip(stopped.tolist(), free.tolist()):
+        end = before.index(stop) if stop in before else len(line)
+        assert line[:end] == before[:len(line)][:end] and set(line[end:]) <= {stop}
+    assert model.generate(rows[0], max_new_tokens=20, stop=model.generate(rows[0], max_new_tokens=1).item()).shape == (1, 1)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_padded_gpt_batches_equal_the_reference_on_either_side(family, tmp_path):
@@ -121,15 +312,6 @@ def test_the_loss_is_the_references(tmp_path):
 
 
 # What holds without a reference
-
-
-def tiny_gpt(learned=True, **changes):
-    torch.manual_seed(0)
-    base = dict(learned_positions=True) if learned else dict(learned_positions=False, rms_norm=True, gated=True, activation="silu", n_kv_head=2)
-    model = GPT(GPTConfig(99, 2, 4, 32, 48, 64, **{**base, **changes}))
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model.eval()
 
 
 @pytest.mark.parametrize("learned", [True, False])
