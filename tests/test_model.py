@@ -1,12 +1,15 @@
 """The properties of model.py: equal to the field's own implementation, padding inert, the future invisible, files whole or refused."""
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 
-from model import GPT, Classifier, Encoder, EncoderConfig, GPTConfig, distance_rows, load_pretrained
+from model import LLAMA_NAMES, GPT, Classifier, Encoder, EncoderConfig, GPTConfig, distance_rows, load_pretrained
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 ROPE = {
@@ -539,3 +542,44 @@ def test_weights_of_another_precision_are_cast_and_loading_draws_no_random_numbe
     state = torch.get_rng_state()
     model = GPT.from_pretrained(folder[0], dtype=torch.bfloat16)
     assert torch.equal(state, torch.get_rng_state()) and {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+
+
+PEAK = r"""
+import re, sys, torch
+sys.path.insert(0, sys.argv[2])
+from model import GPT
+def peak(): return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+GPT.from_pretrained(sys.argv[3])  # a small one first, so that what the libraries take for themselves is not counted
+before = peak()
+GPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_loading_needs_memory_for_the_model_and_one_shard_at_most(kind, tmp_path, folder):
+    """Eight shards of float32 and a model in bfloat16: reading all of them first would take three times the model."""
+    cfg = GPTConfig(4096, 16, 8, 512, 1024, 64, learned_positions=False, rms_norm=True, gated=True, attention_bias=False, mlp_bias=False, tied=False)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(cfg).named_parameters()}
+    theirs = {ours.format(i=i): their.format(i=i) for i in range(16) for their, ours in LLAMA_NAMES.items()}
+    tensors = {theirs[name.rpartition(".")[0]] + ".weight": torch.full(shape, 0.01) for name, shape in shapes.items()}
+    big, names = tmp_path / "big", list(tensors)
+    big.mkdir()
+    suffix, weight_map = ("safetensors", {}) if kind == "safetensors" else ("bin", {})
+    single = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    for shard in range(8):
+        part = {name: tensors[name] for name in names[shard::8]}
+        file = f"{single.rpartition('.')[0]}-{shard}.{suffix}"
+        (write if kind == "safetensors" else torch.save)(*((big / file, part) if kind == "safetensors" else (part, big / file)))
+        weight_map.update(dict.fromkeys(part, file))
+    (big / f"{single}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (big / "config.json").write_text(json.dumps(dict(model_type="llama", vocab_size=4096, num_hidden_layers=16, num_attention_heads=8, hidden_size=512,
+                                                     intermediate_size=1024, max_position_embeddings=64, tie_word_embeddings=False)))
+    n_bytes = 2 * sum(t.numel() for t in tensors.values())
+    shard_bytes = max(path.stat().st_size for path in big.iterdir())
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    run = subprocess.run([sys.executable, "-c", PEAK, str(big), root, str(folder[0])], capture_output=True, text=True, check=True)
+    grown = int(run.stdout)
+    assert 0.8 * n_bytes < grown < n_bytes + shard_bytes + 8e6, (grown, n_bytes, shard_bytes)
