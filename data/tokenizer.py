@@ -2,44 +2,41 @@
 
     tokenizer = Tokenizer(folder); ids = tokenizer.encode("some text"); tokenizer.decode(ids)
 
-Byte-level BPE (GPT-2, RoBERTa, LLaMA-3, SmolLM2) runs in tiktoken, on ranks built from merges.txt or tokenizer.json; WordPiece (BERT,
-MiniLM), from vocab.txt, is here. Both give what the field's `tokenizers` gives without special tokens, with one difference on
-purpose: text that spells a special token ("[SEP]", "<|endoftext|>") is text. Control tokens come from the program, never from
+Byte-level BPE (GPT-2, RoBERTa, DeBERTa, LLaMA-3, SmolLM2) runs in tiktoken, on ranks built from merges.txt, tokenizer.json or Meta's
+own tokenizer.model; WordPiece (BERT, MiniLM), from vocab.txt or tokenizer.json, is here; what came from sentencepiece (LLaMA-1 and -2,
+TinyLlama, DeBERTa-v2 and -v3) is in spm.py. All give what the field's `tokenizers` gives without special tokens, with one difference
+on purpose: text that spells a special token ("[SEP]", "<|endoftext|>") is text. Control tokens come from the program, never from
 a headline that happens to contain them. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
-Left out: vocabularies that need sentencepiece (LLaMA-1 and -2, DeBERTa-v3).
+A folder with more than one form is read from vocab.txt, else tokenizer.json, else vocab.json and merges.txt, else the .model file.
+Left out: Unigram from tokenizer.json (DeBERTa-v3 needs its spm.model), and .model files of other families, whose ids are shifted.
 """
+import base64
 import json
+import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
 
+from data.spm import MetaspaceBPE, SentencePiece, join_pairs, whole_characters
+
 
 class Tokenizer:
-    """encode, decode, vocab_size; bos, eos, pad, cls, sep: ids or None; add_bos: whether the model expects bos before a text.
+    """encode, decode, vocab_size; bos, eos, pad, cls, sep: ids or None; add_bos: whether the model expects bos before a text;
+    double_sep: whether two separators stand between a pair of texts, as RoBERTa has it.
 
     ValueError naming the folder, or the file, when it holds no vocabulary that can be read.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        spec = read_json(folder / "tokenizer.json")
-        settings = read_json(folder / "tokenizer_config.json")
-        if (folder / "vocab.txt").is_file():
-            self.model = WordPiece(folder / "vocab.txt", settings)
-        elif spec and spec.get("model", {}).get("type", "BPE") == "BPE" and "merges" in spec.get("model", {}):
-            self.model = ByteBPE(spec["model"]["vocab"], spec["model"]["merges"], pattern_of(spec, folder), spec.get("added_tokens", []),
-                                 prefix_space(spec))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            self.model = ByteBPE(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"), GPT2_PATTERN, [], False)
-        elif list(folder.glob("*.model")):
-            raise ValueError(f"{folder}: its vocabulary ({next(folder.glob('*.model')).name}) needs sentencepiece, which is not supported")
-        else:
-            raise ValueError(f"{folder} has no vocabulary: vocab.txt, tokenizer.json, or vocab.json with merges.txt")
+        spec, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+        self.model = read_model(folder, spec, settings)
         self.vocab_size = len(self.model.ids)
-        names = {"bos": ["<|endoftext|>", "<s>"], "eos": ["<|endoftext|>", "</s>"], "pad": ["[PAD]", "<pad>"],
-                 "cls": ["[CLS]", "<s>"], "sep": ["[SEP]", "</s>"]}
+        # In this order, since RoBERTa's vocabulary also has GPT-2's <|endoftext|>, which means nothing there.
+        names = {"bos": ["<|begin_of_text|>", "<s>", "<|endoftext|>"], "eos": ["<|end_of_text|>", "</s>", "<|endoftext|>"],
+                 "pad": ["[PAD]", "<pad>"], "cls": ["[CLS]", "<s>"], "sep": ["[SEP]", "</s>"]}
         for source in (read_json(folder / "special_tokens_map.json"), settings):
             for name in names:
                 token = source.get(f"{name}_token")
@@ -48,7 +45,8 @@ class Tokenizer:
                     names[name] = [token]
         for name, tokens in names.items():
             setattr(self, name, next((self.model.ids[token] for token in tokens if token in self.model.ids), None))
-        self.add_bos = self.bos is not None and adds_bos(spec, settings, self.bos)
+        self.double_sep = self.cls is not None and self.cls == self.model.ids.get("<s>")
+        self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
 
     def encode(self, text):
         """list of ids of a str, without special tokens."""
@@ -61,6 +59,51 @@ class Tokenizer:
         if unknown:
             raise ValueError(f"token id {unknown[0]} is not in the vocabulary of {self.vocab_size}")
         return self.model.decode(ids)
+
+
+def read_model(folder, spec, settings):
+    """The folder's vocabulary, from the first of its files that holds one."""
+    where, model = folder / "tokenizer.json", spec.get("model") or {}
+    added = read_json(folder / "added_tokens.json")
+    added.update({token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()})
+    if (folder / "vocab.txt").is_file():
+        return WordPiece(read_vocab(folder / "vocab.txt"), settings, folder / "vocab.txt")
+    if "merges" in model and "▁" in model["vocab"]:
+        return MetaspaceBPE(spec, where)
+    if "merges" in model:
+        own = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+        return ByteBPE(model["vocab"], model["merges"], pattern_of(spec, folder), own, prefix_space(spec), where,
+                       bool(model.get("ignore_merges")))
+    if model.get("type") == "WordPiece":
+        return WordPiece(model["vocab"], wordpiece_settings(spec, where), where)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab, merges = read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")
+        if len(vocab) > 1.01 * len(merges) + 256 + 16:
+            raise ValueError(f"{folder / 'merges.txt'} has {len(merges)} merges for the {len(vocab)} tokens of vocab.json: it is cut short")
+        return ByteBPE(vocab, merges, GPT2_PATTERN, added, bool(settings.get("add_prefix_space")), folder / "merges.txt")
+    for name in ("tokenizer.model", "spm.model", "original/tokenizer.model"):
+        if (folder / name).is_file():
+            return read_dot_model(folder / name, settings, added)
+    if model:
+        raise ValueError(f"{where} holds a {model.get('type')} vocabulary, which is read from the sentencepiece file that it was made from: "
+                         f"put spm.model beside it")
+    found = [path.name for path in folder.glob("*.model")]
+    raise ValueError(f"{folder} has no vocabulary: vocab.txt, tokenizer.json, vocab.json with merges.txt, tokenizer.model or spm.model"
+                     f"{f' ({found[0]} is of a kind that is not supported)' if found else ''}")
+
+
+def read_dot_model(path, settings, added):
+    """LLaMA-3's ranks, a text file, or a sentencepiece model; DeBERTa has one id more than its spm.model."""
+    with path.open("rb") as lines:
+        if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", lines.readline(1000)):
+            return read_llama3(path)
+    model = SentencePiece(path, added)
+    if path.name == "spm.model":
+        if settings.get("do_lower_case") or settings.get("split_by_punct"):
+            raise ValueError(f"{path.parent / 'tokenizer_config.json'}: do_lower_case and split_by_punct are not supported with spm.model")
+        mask = model.ids.setdefault("[MASK]", model.model.vocab_size())
+        model.tokens.setdefault(mask, "[MASK]")
+    return model
 
 
 def read_json(path):
@@ -78,19 +121,26 @@ def read_json(path):
 
 def read_merges(path):
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [line for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    for merge in merges:
+        if len(merge.split()) != 2:
+            raise ValueError(f"{path}: {merge!r} should be two tokens with a space between")
+    return merges
 
 
-def adds_bos(spec, settings, bos):
-    """Some LLaMA-3 folders say it in the tokenizer's template, others in tokenizer_config.json."""
-    if "add_bos_token" in settings:
+def adds_bos(folder, spec, settings, bos):
+    """Some LLaMA-3 folders say it in the tokenizer's template, others in tokenizer_config.json; LLaMA's own class always does, and
+    a tokenizer.model alone says nothing."""
+    if settings.get("add_bos_token") is not None:
         return bool(settings["add_bos_token"])
+    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        return True
     post = spec.get("post_processor") or {}
     for part in post.get("processors", [post]):
         for piece in part.get("single", [])[:1]:
             ids = part.get("special_tokens", {}).get(piece.get("SpecialToken", {}).get("id"), {}).get("ids")
             return ids == [bos]
-    return False
+    return not spec and ((folder / "tokenizer.model").is_file() or (folder / "original" / "tokenizer.model").is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +151,30 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # SmolLM2 cuts out every digit before it applies GPT-2's pattern to what lies between. In one pattern: digits stand alone, without
 # the space before them; and since a piece ends at a digit, a run of spaces there is whole, where \s+(?!\S) would leave one over.
 DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                  r"|\s+(?!\S)|\s+")
+LLAMA3_RANKS = 128_000
+LLAMA3_NAMES = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
+                "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+
+
+def read_llama3(path):
+    """Meta's tokenizer.model, lines of a token in base64 and its rank; 256 control tokens, which the file does not name, follow."""
+    letter = {byte: character for character, byte in byte_alphabet().items()}
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        vocab = {"".join(letter[byte] for byte in base64.b64decode(token, validate=True)): int(rank) for token, rank in lines}
+    except ValueError:
+        raise ValueError(f"{path} is damaged: its lines should be a token in base64 and a rank") from None
+    if sorted(vocab.values()) != list(range(LLAMA3_RANKS)):
+        raise ValueError(f"{path} holds {len(vocab)} ranks; only LLaMA-3's, 0 to {LLAMA3_RANKS - 1}, are known: "
+                         f"it is another model's or cut short")
+    names = LLAMA3_NAMES + [f"reserved_special_token_{i}" for i in range(3, 3 + 256 - len(LLAMA3_NAMES))]
+    control = {f"<|{name}|>": LLAMA3_RANKS + i for i, name in enumerate(names)}
+    joined = sorted((token for token in vocab if len(token) > 1), key=vocab.get)
+    return ByteBPE(vocab, joined, LLAMA3_PATTERN, control, False, path, True)
 
 
 def pattern_of(spec, folder):
@@ -137,29 +211,45 @@ def byte_alphabet():
 
 class ByteBPE:
     """BPE over bytes. tiktoken joins the pair of lowest rank, so it is given ranks in the order of the merges; ids may be in any
-    other order (RoBERTa's are by frequency)."""
+    other order (RoBERTa's are by frequency).
 
-    def __init__(self, vocab, merges, pattern, added, prefix):
+    subtle: tiktoken takes a piece of text that is a token as a whole for that token, and joins any pair whose sum is one. LLaMA-3
+    means it so (ignore_merges, here `whole`). Elsewhere only the merges in the list count, and a few tokens may not come out of their
+    own bytes by them; those are taken apart again. That is exact on trained vocabularies; a list of merges made up at random can differ.
+    """
+
+    def __init__(self, vocab, merges, pattern, added, prefix, where, whole=False):
         alphabet = byte_alphabet()
-        merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-        self.prefix = prefix
-        self.ids = {**vocab, **{token["content"]: token["id"] for token in added}}
-        order = dict.fromkeys([*alphabet, *merged])
-        missing = [token for token in merged if token not in vocab]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        self.prefix, self.whole = prefix, whole
+        self.ids = {**vocab, **added}
+        order = dict.fromkeys([*alphabet, *map("".join, pairs)])
+        missing = [token for token in map("".join, pairs) if token not in vocab]
+        missing += [token for pair in pairs for token in pair if token not in order]
         if missing:
-            raise ValueError(f"the vocabulary lacks {missing[0]!r}, which its merges use")
+            raise ValueError(f"{where}: the vocabulary lacks {missing[0]!r}, which its merges use")
         if any(character not in alphabet for token in order for character in token):
-            raise ValueError("the vocabulary is not byte-level BPE (a merge holds a character outside its alphabet)")
+            raise ValueError(f"{where}: the vocabulary is not byte-level BPE (a merge holds a character outside its alphabet)")
         spelled = {token: bytes(alphabet[character] for character in token) for token in order}
         self.id_of_rank = [vocab.get(token) for token in order]  # SmolLM2 lacks some bytes; the reference drops them
         self.bpe = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={},
                                      mergeable_ranks={spelled[token]: rank for rank, token in enumerate(order)})
         self.tokens = {i: spelled.get(token, token.encode()) for token, i in self.ids.items()}
+        if not whole:
+            self.rank = {token: rank for rank, token in enumerate(order)}
+            self.order = list(order)
+            self.merges = {(self.rank[left], self.rank[right]): (i, self.rank[left + right]) for i, (left, right) in enumerate(pairs)}
+            self.parts = lru_cache(maxsize=None)(self.rejoined)
+
+    def rejoined(self, rank):
+        return join_pairs([self.rank[character] for character in self.order[rank]], self.merges)
 
     def encode(self, text):
         text = " " + text if self.prefix and text and not text.startswith(" ") else text
-        ids = (self.id_of_rank[rank] for rank in self.bpe.encode_ordinary(text))
-        return [i for i in ids if i is not None]
+        ranks = self.bpe.encode_ordinary(text)
+        if not self.whole:
+            ranks = [part for rank in ranks for part in self.parts(rank)]
+        return [i for i in map(self.id_of_rank.__getitem__, ranks) if i is not None]
 
     def decode(self, ids):
         return b"".join(self.tokens[i] for i in ids).decode("utf-8", "replace")
@@ -217,18 +307,33 @@ def is_chinese(character):
     return any(first <= ord(character) <= last for first, last in CHINESE)
 
 
+def read_vocab(path):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return {token.rstrip("\r"): i for i, token in enumerate(lines) if token}
+
+
+def wordpiece_settings(spec, where):
+    """What tokenizer_config.json says of a WordPiece folder, out of tokenizer.json; ValueError where it is not BERT's way."""
+    normalizer, pre, model = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}, spec["model"]
+    if (normalizer.get("type"), pre.get("type"), normalizer.get("clean_text")) != ("BertNormalizer", "BertPreTokenizer", True):
+        raise ValueError(f"{where}: WordPiece is supported with BertNormalizer, cleaning, and BertPreTokenizer only")
+    if (model.get("continuing_subword_prefix", "##"), model.get("max_input_chars_per_word", 100)) != ("##", 100):
+        raise ValueError(f"{where}: WordPiece is supported with '##' and words of up to 100 characters only")
+    return {"do_lower_case": normalizer.get("lowercase", True), "strip_accents": normalizer.get("strip_accents"),
+            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True), "unk_token": model.get("unk_token")}
+
+
 class WordPiece:
     """BERT's: clean, put spaces around Chinese characters, drop accents, lower-case, cut at spaces and punctuation; then take from
     each word the longest piece that the vocabulary has, again and again ("##" marks a piece that is not the first)."""
 
-    def __init__(self, path, settings):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        self.ids = {token.rstrip("\r"): i for i, token in enumerate(lines) if token}
+    def __init__(self, vocab, settings, where):
+        self.ids = dict(vocab)
         self.tokens = {i: token for token, i in self.ids.items()}
         unknown = settings.get("unk_token") or "[UNK]"
         unknown = unknown["content"] if isinstance(unknown, dict) else unknown
         if unknown not in self.ids:
-            raise ValueError(f"{path} has no {unknown}, the token for words that it cannot spell")
+            raise ValueError(f"{where} has no {unknown}, the token for words that it cannot spell")
         self.unknown = self.ids[unknown]
         self.lower = settings.get("do_lower_case", True)
         self.accents_off = self.lower if settings.get("strip_accents") is None else settings["strip_accents"]
@@ -240,8 +345,7 @@ class WordPiece:
         return [i for word in self.words(text) for i in self.word(word)]
 
     def words(self, text):
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = whole_characters(text)
         text = "".join(map(cleaned, text))
         if not text.isascii():
             if self.chinese:
