@@ -665,7 +665,7 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None)
     if not os.path.isdir(folder):
         from data.download import model_folder
         folder = model_folder(folder)
-    family, config = read_config(os.path.join(folder, "config.json"))
+    family, config, _ = read_config(os.path.join(folder, "config.json"))
     found, _, _, _, _, _ = family
     if cls is not None and cls is not found:
         raise ValueError(f"{folder} holds a model for {found.__name__}.from_pretrained, not {cls.__name__}.from_pretrained")
@@ -678,7 +678,7 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None)
 
 
 def read_config(path):
-    """(row of FAMILIES, config) from config.json."""
+    """(row of FAMILIES, config, model_type) from config.json."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -690,7 +690,7 @@ def read_config(path):
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[kind], FAMILIES[kind][1](content)
+        return FAMILIES[kind], FAMILIES[kind][1](content), kind
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
     except (TypeError, ValueError) as error:

