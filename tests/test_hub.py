@@ -23,7 +23,8 @@ SMALL = {"config.json": b'{"model_type": "roberta"}', "vocab.json": b"{}", "merg
          "tokenizer_config.json": b"{}"}
 WANTED = {**SMALL, "model.safetensors": WEIGHTS}
 UNWANTED = dict.fromkeys(("README.md", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin", "model.onnx", "rust_model.ot",
-                          "generation_config.json", "bpe_encoder.bin", "original/tokenizer.model", "onnx/config.json", "../evil"), b"x")
+                          "generation_config.json", "bpe_encoder.bin", "original/tokenizer.model", "onnx/config.json",
+                          "../evil"), b"x")
 
 
 def row(file, content):
@@ -75,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """files: what it has; rows: what it lists; modes: {file: how it misbehaves, request by request}; requests: [(file, headers)]."""
+    """files: what it has; rows: what it lists; modes: {file: how it misbehaves, each time}; requests: [(file, headers)]."""
     daemon_threads, block_on_close = True, False
 
     def __init__(self, files):
@@ -107,8 +108,9 @@ def server(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("HF_", "XDG_")) or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     server = Server({**WANTED, **UNWANTED})
-    for name, value in {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "DUAL_LORA_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "PAUSE", 0)
     monkeypatch.setattr(hub, "TIMEOUT", 9)
     yield server
@@ -134,7 +136,7 @@ def final_files():
 def snapshot(home, files, commit=COMMIT):
     """The Hub's own cache with `files` of a/model."""
     folder = home / "hub" / "models--a--model"
-    for file, body in {**{f"snapshots/{commit}/{file}": body for file, body in files.items()}, "refs/main": commit.encode()}.items():
+    for file, body in [("refs/main", commit.encode())] + [(f"snapshots/{commit}/{file}", body) for file, body in files.items()]:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(body)
     return folder / "snapshots" / commit
@@ -190,8 +192,8 @@ def test_a_model_that_lacks_a_part_is_refused_before_anything_is_fetched(server,
     assert server.asked() == ["list"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "", "/etc/passwd", "a/", "/a", "a/..", "a/b..c", "..", ".", "a b", "a\n", "a\\b", "c:x",
-                                  "a/b?x", "a%2fb", "é", "a--b"])
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "", "/etc/passwd", "a/", "/a", "a/..", "a/b..c", "..", ".", "a b", "a\n",
+                                  "a\\b", "c:x", "a/b?x", "a%2fb", "é", "a--b"])
 def test_what_is_no_name_of_a_model_is_refused_before_any_request(server, name):
     with pytest.raises(ValueError, match="is no name of a model"):
         hub_folder(name)
@@ -204,10 +206,11 @@ def test_what_is_no_name_of_a_model_is_refused_before_any_request(server, name):
 # The Hub's own cache
 
 
-@pytest.mark.parametrize("files", [WANTED, {**SMALL, **SHARDS}, {"config.json": b"{}", "vocab.txt": b"a", "pytorch_model.bin": b"x"}])
+@pytest.mark.parametrize("files", [WANTED, {**SMALL, **SHARDS},
+                                   {"config.json": b"{}", "vocab.txt": b"a", "pytorch_model.bin": b"x"}])
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HOME"])
 def test_a_whole_model_in_the_hubs_own_cache_is_used_without_a_request(server, files, variable, tmp_path, monkeypatch):
-    where = {"HF_HOME": tmp_path / "home", "HF_HUB_CACHE": tmp_path / "other", "HOME": tmp_path / ".cache" / "huggingface"}[variable]
+    where = tmp_path / {"HF_HOME": "home", "HF_HUB_CACHE": "other", "HOME": ".cache/huggingface"}[variable]
     folder = snapshot(where, files)
     if variable == "HF_HUB_CACHE":
         monkeypatch.setenv(variable, str(where / "hub"))
@@ -218,7 +221,8 @@ def test_a_whole_model_in_the_hubs_own_cache_is_used_without_a_request(server, f
     assert server.requests == [] and not cache_dir().exists()
 
 
-@pytest.mark.parametrize("files", [{}, SMALL, {"config.json": b"{}", "model.safetensors": b"x"}, {"vocab.txt": b"x", "model.safetensors": b"x"},
+@pytest.mark.parametrize("files", [{}, SMALL, {"config.json": b"{}", "model.safetensors": b"x"},
+                                   {"vocab.txt": b"x", "model.safetensors": b"x"},
                                    {**SMALL, **SHARDS, "model-2.safetensors": None}])
 def test_half_a_model_in_the_hubs_own_cache_is_not_used_and_left_alone(server, files, tmp_path):
     files = {file: body for file, body in files.items() if body}
@@ -289,15 +293,17 @@ def test_pauses_grow(server, monkeypatch):
     pauses = []
     monkeypatch.setattr(hub, "PAUSE", 1)
     monkeypatch.setattr(hub.time, "sleep", pauses.append)
-    server.modes["config.json"] = [500] * 4
-    hub_folder("a/model")
-    assert pauses == [1, 2, 4, 8]
+    server.modes["config.json"] = [500] * 9
+    with pytest.raises(ValueError, match="answers 500"):
+        hub_folder("a/model")
+    assert pauses == [1, 2, 4, 8], "and none when it gives up"
 
 
-@pytest.mark.parametrize("header, value, damage", [("X-Linked-Size", len(WEIGHTS), "short"), ("X-Linked-Size", len(WEIGHTS), "long"),
+@pytest.mark.parametrize("header, value, damage", [("X-Linked-Size", len(WEIGHTS), "short"),
+                                                   ("X-Linked-Size", len(WEIGHTS), "long"),
                                                    ("X-Linked-Etag", f'"{hashlib.sha256(WEIGHTS).hexdigest()}"', "wrong")])
 def test_where_a_mirror_lists_names_alone_its_headers_count(server, storage, header, value, damage):
-    server.rows = {file: {"rfilename": file} for file in server.files}
+    server.rows = {file: {"rfilename": file, "size": None, "lfs": None} for file in server.files}
     server.extra = {header: str(value)}
     server.modes = {"model.safetensors": [(302, storage.url)] * 9, "vocab.json": ["cut"]}
     storage.modes["model.safetensors"] = [damage, "cut"]
@@ -491,7 +497,7 @@ def test_without_a_token_none_is_sent(server):
 
 @pytest.mark.parametrize("file", ["list", "config.json"])
 @pytest.mark.parametrize("mode, why, token, words", [
-    (401, None, "", "a/model is gated or private .401.: accept its terms on .*/a/model, then set HF_TOKEN"),
+    (401, None, "", "a/model is gated or private .401., or it does not exist: accept its terms on .*/a/model, then set HF_TOKEN"),
     (403, "GatedRepo", "", "a/model is gated or private .403.: accept its terms on .*/a/model, then set HF_TOKEN"),
     (401, None, "hf_x", "the token has no access to a/model .401.: .*renew the token, which is in HF_TOKEN or .*token"),
     (403, "GatedRepo", "hf_x", "the token has no access to a/model .403.: accept its terms on .*/a/model"),
@@ -519,14 +525,14 @@ def test_a_404_without_a_reason_means_the_model_or_the_file(server):
 def test_no_network_is_one_clear_sentence_at_once(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
     monkeypatch.setattr(hub, "PAUSE", 60)
-    with pytest.raises(ValueError, match="could not reach http://127.0.0.1:9: .*refused.* `python data/prepare.py a/model` and copy .*"
-                                         "HF_ENDPOINT to a mirror, or name a folder"):
+    with pytest.raises(ValueError, match="could not reach http://127.0.0.1:9: .*refused.* `python data/prepare.py a/model` and "
+                                         "copy .*HF_ENDPOINT to a mirror, or name a folder"):
         hub_folder("a/model")
 
 
 def test_a_host_that_never_answers_is_one_clear_sentence_too(server):
     server.modes["list"] = ["hang up"] * 9
-    with pytest.raises(ValueError, match=f"could not fetch the list of files of a/model from {server.url} in 5 attempts .*prepare.py"):
+    with pytest.raises(ValueError, match=f"could not fetch the list of files of a/model from {server.url} in 5 attempts .*copy"):
         hub_folder("a/model")
 
 
@@ -542,8 +548,8 @@ def test_an_address_in_the_storage_that_has_expired_is_asked_for_anew(server, st
     assert content(hub_folder("a/model")) == WANTED and len(server.asked("model.safetensors")) == 2
 
 
-@pytest.mark.parametrize("body", ["<html>sign in</html>", "[]", "{}", '{"sha": "../..", "siblings": []}', '{"sha": null, "siblings": [{}]}',
-                                  '{"sha": "cc", "siblings": [7]}'])
+@pytest.mark.parametrize("body", ["<html>sign in</html>", "[]", "{}", '{"sha": "../..", "siblings": []}',
+                                  '{"sha": null, "siblings": [{}]}', '{"sha": "cc", "siblings": [7]}'])
 def test_an_answer_that_is_no_list_is_refused(server, body, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda listing: body)
     with pytest.raises(ValueError, match="answers with no list of the files of a/model.*does HF_ENDPOINT name a Hub"):
