@@ -5,18 +5,26 @@
     python train.py --task=path/to/folder --method=lora --r=16   # one's own train.jsonl and validation.jsonl
     python train.py --task=stsb --model=microsoft/deberta-v3-base
     python train.py --task=commonsense_170k --model=meta-llama/Meta-Llama-3-8B --protocol=instruct
+    python train.py --methods=lora,dora,dual_lora --seeds=5      # side by side: one table, with the spread
 
 Every option is a line of Config below; --name=value sets it, --help prints them; what is not set comes from the row of PRESETS
 for the model and the task. An encoder, and a GPT on classification, get a head on top, trained with the adapters. A GPT on
 multiple choice learns to continue the question with the right answer, and is scored by the likelihood that it gives to each, or
 under the instruct protocols by what it writes. out_dir receives metrics.jsonl (its last line is the final result), adapter.pt
 (for dual_lora.load_adapter) and checkpoint.pt (for --resume=true).
+
+--methods compares: for each method the learning rate is chosen from --grid on a tenth of the training data that is held out, then
+all train with the same seeds, batches and steps. "dual_lora:magnitude=none:r=16" is a method with options of its own. Runs that
+are there already are not run again, so that an interrupted comparison goes on.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import re
+import statistics
 import sys
 import time
 import typing
@@ -31,7 +39,7 @@ from data import instruct
 from data.batches import collate, collate_left, encode_examples, epoch_batches
 from data.download import model_folder
 from data.glue import GLUE
-from data.metrics import METRICS, score, standard_error
+from data.metrics import METRICS, mcnemar, paired_bootstrap, paired_t, score, standard_error
 from data.tasks import MIX, load_task, majority_score
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DoRALinear, DualLoRALinear, LoRALinear, adapter_report, apply_adapters, save_adapter,
@@ -98,6 +106,9 @@ class Config:
     data_dir: Optional[str] = option(None, "folder with GLUE's files or LLM-Adapters' clone, instead of fetching; see README")
     model: Optional[str] = option(None, "minilm, smollm2, a Hub name, or a folder with config.json; default: minilm, for multiple choice smollm2")
     method: str = option("dual_lora", "what is trained: " + ", ".join(METHODS))
+    methods: Optional[str] = option(None, "compare these instead, separated by commas; each may bring options, as lora:r=16; so may tasks")
+    seeds: Optional[int] = option(None, "with --methods: how many seeds each; default 5")
+    grid: Optional[str] = option(None, "with --methods: learning rates to choose from; default 3e-4,1e-3,3e-3,1e-2")
     protocol: str = option("likelihood", "multiple choice by a GPT: likelihood of each choice, instruct (writes its answer), llm_adapters (theirs)")
     train_on_prompt: bool = option(False, "under the instruct protocols: learn the prompt too, as LLM-Adapters does, not the response alone")
     metric: Optional[str] = option(None, "the main one: " + ", ".join(METRICS) + "; default the task's")
@@ -151,16 +162,21 @@ BY_PRESET = ("targets", "r", "alpha", "dropout", "batch_size", "warmup_steps", "
 
 def parse(arguments):
     """Config from ["--name=value", ...]; ValueError naming the argument and what it should be."""
-    kinds, values = typing.get_type_hints(Config), {}
+    kinds, values = [f.name for f in dataclasses.fields(Config)], {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals or name not in kinds:
             raise ValueError(f"{argument!r} is no option: write --name=value with one of {', '.join(kinds)}; --help explains them")
-        kind = next(k for k in typing.get_args(kinds[name]) or (kinds[name],) if k is not type(None))
-        values[name] = convert(name, text, kind)
+        values[name] = convert(name, text, kind_of_option(name))
     cfg = Config(**values)
     check(cfg)
     return cfg
+
+
+def kind_of_option(name):
+    """str, int, float or bool."""
+    hint = typing.get_type_hints(Config)[name]
+    return next(kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
 
 
 def convert(name, text, kind):
@@ -186,7 +202,7 @@ def check(cfg):
     for name, known in names.items():
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name}={getattr(cfg, name)}: choose from {', '.join(filter(None, known))}")
-    at_least = {1: ("r", "r1", "r2", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_examples", "log_interval",
+    at_least = {1: ("seeds", "r", "r1", "r2", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_examples", "log_interval",
                     "checkpoint_interval"),
                 0: ("warmup_steps", "lr_warmup_steps", "weight_decay", "adapter_weight_decay", "grad_clip", "seed"), 8: ("max_length",)}
     for low, group in at_least.items():
@@ -204,6 +220,14 @@ def check(cfg):
             raise ValueError(f"--{f.name}={getattr(cfg, f.name)} does nothing with --method={cfg.method}")
     if cfg.method == "dual_lora" and (cfg.r or 0) % 2 and None in (cfg.r1, cfg.r2):
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it, r1 = r2 = r / 2; give an even r, or r1 and r2")
+    for name in ("seeds", "grid"):
+        if getattr(cfg, name) is not None and cfg.methods is None:
+            raise ValueError(f"--{name}={getattr(cfg, name)} does nothing without --methods")
+    if cfg.methods is not None:
+        if cfg.method != "dual_lora" or cfg.eval_only:
+            raise ValueError("--method and --eval_only do nothing with --methods, which names the methods to train")
+        arms(cfg)
+        rates_of(cfg)
     if cfg.max_steps and cfg.epochs:
         raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs:g}: give one of them")
     if cfg.weights != "float32" and cfg.method == "full":
@@ -363,6 +387,7 @@ def by_choice(scores, batch):
 
 
 NEW_TOKENS = 32  # LLM-Adapters' number
+TOKENS = 8192    # in an evaluation's batch, about
 
 
 def pad_of(tokenizer):
@@ -371,12 +396,21 @@ def pad_of(tokenizer):
 
 
 @torch.no_grad()
-def evaluate(model, task, examples, tokenizer, device, tokens=8192):
+def evaluate(model, task, examples, tokenizer, device, tokens=TOKENS):
     """The task's metrics on `examples`; rows of nearly one length go together, about `tokens` of them at a time."""
     model.eval()
-    predict = predict_generated if examples[0].prompt else predict_scored
-    predictions, labels = predict(model, task, examples, tokenizer, device, tokens)  # {name: a prediction an example}, the main one ""
+    predictions, labels = predict(model, task, examples, tokenizer, device, tokens)
     model.train()
+    return summarise(task, examples, predictions, labels)
+
+
+def predict(*args):
+    """({"": a prediction an example, other names: other kinds of prediction}, labels)."""
+    return (predict_generated if args[2][0].prompt else predict_scored)(*args)
+
+
+def summarise(task, examples, predictions, labels):
+    """{name: value}, of each part of the validation data and their means."""
     values, sets = {}, sorted({example.set for example in examples})
     for name in sets:
         chosen = [i for i, example in enumerate(examples) if example.set == name]
@@ -460,6 +494,7 @@ class Run:
     def __init__(self, cfg, model, optimizer):
         self.cfg, self.model, self.optimizer = cfg, model, optimizer
         self.step, self.history = 0, []
+        self.outcome = None  # predictions and labels of the last evaluation
         self.pending = []  # of each step since the last progress line: (step, loss, number right, number of targets)
         self.folder = Path(cfg.out_dir)
         self.settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out_dir", "resume")}
@@ -517,13 +552,12 @@ class Run:
         self.step, self.history, self.pending = saved["step"], saved["history"], saved["pending"]
 
 
-def train(cfg):
-    """One run, as Config says; returns the final line of metrics.jsonl as a dict, plus seconds and peak_memory (bytes, CUDA)."""
+def train(cfg, task=None):
+    """One run, as Config says; returns the final line of metrics.jsonl as a dict, plus seconds and peak_memory (bytes, CUDA), and
+    predictions and labels, one a validation example. `task` stands in for the one that cfg names."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    task = load_task(cfg.task, cfg.data_dir)
-    if cfg.metric:
-        task = with_metric(task, cfg.metric)
+    task = task or named_task(cfg)
     cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
     folder = model_folder(cfg.model)
     preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
@@ -541,7 +575,16 @@ def train(cfg):
     describe(cfg, task, model, device, dtype, len(examples), len(validation), run.step, preset)
     started = time.time()
     loop(run, task, examples, validation, tokenizer, device, dtype)
-    return finish(run, task, len(validation), time.time() - started, device)
+    result = finish(run, task, len(validation), time.time() - started, device)
+    model.eval()
+    with torch.no_grad(), mixed_precision(device, dtype):
+        predictions, labels = run.outcome or predict(model, task, validation, tokenizer, device, TOKENS)
+    return {**result, "predictions": predictions[""], "labels": labels}
+
+
+def named_task(cfg):
+    task = load_task(cfg.task, cfg.data_dir)
+    return with_metric(task, cfg.metric) if cfg.metric else task
 
 
 def with_metric(task, metric):
@@ -630,8 +673,11 @@ def loop(run, task, examples, validation, tokenizer, device, dtype):
             if cfg.method == "dual_lora":
                 set_warmup(model, warmup_factor(cfg, run.step))
             paused = time.time()
-            with autocast:
-                values = evaluate(model, task, validation, tokenizer, device)
+            with autocast, torch.no_grad():
+                model.eval()
+                run.outcome = predict(model, task, validation, tokenizer, device, TOKENS)
+                model.train()
+            values = summarise(task, validation, *run.outcome)
             run.record(step=run.step, validation=values)
             print(f"step {run.step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
             clock.pause(time.time() - paused)
@@ -752,6 +798,155 @@ def finish(run, task, n_validation, seconds, device):
     return {**result, "seconds": seconds, "peak_memory": peak}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several methods side by side
+
+
+def arms(cfg):
+    """[(name, options)] of --methods; ValueError for what is no method, or an option that is none or does nothing there."""
+    chosen = []
+    for spec in cfg.methods.split(","):
+        method, *options = spec.strip().split(":")
+        own = dataclasses.asdict(cfg)
+        idle = (DUAL_ONLY if method != "dual_lora" else ()) + (ADAPTER_ONLY if method in ("full", "head") else ())
+        own.update({f.name: f.default for f in dataclasses.fields(Config) if f.name in idle}, method=method, methods=None, seeds=None, grid=None)
+        for item in options:
+            name, _, text = item.partition("=")
+            if name not in own or name in ("task", "model", "methods", "seeds", "grid", "out_dir", "resume", "seed"):
+                raise ValueError(f"--methods={cfg.methods}: {item!r} is no option of a method")
+            own[name] = convert(name, text, kind_of_option(name))
+        check(Config(**own))
+        if spec.strip() in [name for name, _ in chosen]:
+            raise ValueError(f"--methods={cfg.methods}: {spec.strip()} is there twice")
+        chosen.append((spec.strip(), Config(**own)))
+    return chosen
+
+
+def rates_of(cfg):
+    """The learning rates of --grid, in order; one, if --learning_rate is given."""
+    if cfg.learning_rate:
+        return [cfg.learning_rate]
+    grid = [convert("grid", text, float) for text in (cfg.grid or "3e-4,1e-3,3e-3,1e-2").split(",")]
+    if min(grid) <= 0:
+        raise ValueError(f"--grid={cfg.grid}: learning rates should be above 0")
+    return sorted(set(grid))
+
+
+def compare(cfg):
+    """Every method of --methods on every task of --task, seed by seed; prints and saves a table a task, and returns them."""
+    names = [cfg.task] if os.path.isdir(cfg.task) else cfg.task.split(",")
+    tasks = [named_task(dataclasses.replace(cfg, task=name)) for name in names]  # all, so that a wrong name shows before hours are spent
+    folder, tables = Path(cfg.out_dir), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, task in zip(names, tasks):
+        rows = []
+        for arm, own in arms(cfg):
+            own = dataclasses.replace(own, task=name)
+            rate, scores = choose_rate(own, arm, task, rates_of(own if own.learning_rate else cfg), folder)
+            runs = [attempt(dataclasses.replace(own, learning_rate=rate, seed=cfg.seed + i), arm, task, folder) for i in range(cfg.seeds or 5)]
+            rows.append({"method": arm, "learning_rate": rate, "grid": scores, "runs": runs})
+            tables[task.name] = tabulate(task, rows)
+            (folder / "compare.json").write_text(json.dumps(tables, indent=1))
+        text = markdown(task, tables[task.name])
+        print(f"\n{text}", flush=True)
+        (folder / f"compare-{task.name}.md").write_text(text, encoding="utf-8")
+    return tables
+
+
+def hold_out(task):
+    """The task with a tenth of its training data, 1,000 examples at most, in the place of its validation data."""
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    n = max(1, min(1000, len(order) // 10))
+    return dataclasses.replace(task, train=[task.train[i] for i in order[n:]], validation=[task.train[i] for i in order[:n]])
+
+
+def choose_rate(own, arm, task, grid, folder):
+    """(the best learning rate of the grid, {rate: score}) on held-out training data; no run of its own if there is but one."""
+    if len(grid) == 1:
+        return grid[0], {}
+    seed = own.seed + 1000  # none that is reported
+    runs = {rate: attempt(dataclasses.replace(own, learning_rate=rate, seed=seed), arm, hold_out(task), folder, held_out=True) for rate in grid}
+    scores = {rate: run["value"] for rate, run in runs.items() if run}
+    if not scores:
+        raise ValueError(f"{arm} on {task.name}: no learning rate of {', '.join(f'{rate:g}' for rate in grid)} came to an end; see {folder}")
+    return max(scores, key=scores.get), {f"{rate:g}": value for rate, value in scores.items()}
+
+
+def attempt(cfg, arm, task, folder, held_out=False):
+    """The result of one run, from its file if it has been run, or None if it failed, which is printed and not the others' end."""
+    settings = {**{k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out_dir", "resume")}, "held_out": held_out}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + ("held-out training data" if held_out else f"seed {cfg.seed}")
+    place = folder / f"{task.name}-{re.sub('[^A-Za-z0-9]+', '-', arm)}-{'grid' if held_out else cfg.seed}-{key}"
+    if (place / "result.json").exists():
+        return json.loads((place / "result.json").read_text())
+    place.mkdir(parents=True, exist_ok=True)
+    resumed = (place / "checkpoint.pt").exists()
+    try:
+        with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            result = train(dataclasses.replace(cfg, out_dir=str(place), resume=True), task)
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"{label}: failed: {' '.join(str(error).split())[:300]}", flush=True)
+        return None
+    result["seconds"] = None if resumed else result["seconds"]  # of an interrupted run only the last part is known
+    (place / "result.tmp").write_text(json.dumps(result))
+    (place / "result.tmp").rename(place / "result.json")
+    print(f"{label}: {result['metric']} {result['value']:.4f}", flush=True)
+    return result
+
+
+def tabulate(task, rows):
+    """A dict a method: counts, mean and spread, and how it differs from the first method."""
+    table, first = [], rows[0]
+    for row in rows:
+        done = [run for run in row["runs"] if run]
+        values = [run["value"] for run in done]
+        line = {"method": row["method"], "learning_rate": row["learning_rate"], "grid": row["grid"], "runs": len(done), "of": len(row["runs"]),
+                "metric": task.metric, "values": values, "majority": majority_score(task)}
+        if done:
+            seconds = [run["seconds"] for run in done if run["seconds"]]
+            line.update(trainable=done[0]["trainable"], mean=statistics.mean(values), sd=statistics.stdev(values) if len(values) > 1 else None,
+                        best=statistics.mean(run["best_value"] for run in done), examples=done[0]["examples"],
+                        standard_error=standard_error(task.metric, statistics.mean(values), done[0]["examples"]),
+                        seconds=statistics.mean(seconds) if seconds else None, peak_memory=done[0]["peak_memory"], settings=done[0]["settings"])
+        pairs = [(ours, theirs) for ours, theirs in zip(row["runs"], first["runs"]) if ours and theirs]
+        if row is not first and pairs:
+            mean, low, high, p = paired_t([ours["value"] - theirs["value"] for ours, theirs in pairs])
+            line.update(difference=mean, interval=[low, high], p=p)
+            if not any("set" in example for example in task.validation):  # there the metric is a mean of parts
+                a, b, labels = [run["predictions"] for run, _ in pairs], [run["predictions"] for _, run in pairs], pairs[0][0]["labels"]
+                line.update(bootstrap=paired_bootstrap(task.metric, a, b, labels))
+                line.update(mcnemar=mcnemar(a, b, labels) if task.n_classes > 1 else None)
+        table.append(line)
+    return table
+
+
+def markdown(task, table):
+    """The table for people."""
+    def number(value, form=".4f"):
+        return "" if value is None else format(value, form)
+
+    done = next((line for line in table if line["runs"]), None)
+    if done is None:
+        return f"{task.name}: no run came to an end"
+    error = f", standard error of one number {done['standard_error']:.4f}" if done["standard_error"] else ""
+    head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} validation examples{error}; the most frequent answer scores "
+            f"{done['majority']:.4f}. Differences are to {table[0]['method']}, paired by seed.")
+    lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | s |",
+             "|" + "---|" * 12]
+    for line in table:
+        grid = f" ({', '.join(line['grid'])})" if line["grid"] else ""
+        low, high = line.get("interval", (None, None))
+        spread = f" ± {line['sd']:.4f}" if line.get("sd") is not None else ""
+        cells = [line["method"], number(line.get("trainable"), ","), f"{line['learning_rate']:g}{grid}",
+                 str(line["runs"]) if line["runs"] == line["of"] else f"{line['runs']} of {line['of']}", number(line.get("mean")) + spread,
+                 number(line.get("best")), number(line.get("difference"), "+.4f"), f"{low:+.4f} to {high:+.4f}" if low is not None else "",
+                 number(line.get("p"), ".3f"), "{:+.4f} to {:+.4f}".format(*line["bootstrap"]) if "bootstrap" in line else "",
+                 number(line.get("mcnemar"), ".3f"), number(line.get("seconds"), ".0f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return head + "\n\n" + "\n".join(lines) + "\n"
+
+
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(usage())
@@ -762,7 +957,7 @@ def main(arguments):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     try:
-        train(cfg)
+        compare(cfg) if cfg.methods else train(cfg)
         return 0
     except KeyboardInterrupt:
         print(f"train.py: interrupted; --resume=true goes on from {os.path.join(cfg.out_dir, 'checkpoint.pt')}", file=sys.stderr)

@@ -5,6 +5,7 @@
 They equal scikit-learn's and SciPy's of these names.
 """
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -66,3 +67,51 @@ def score(metric, predictions, labels):
 def standard_error(metric, value, n):
     """Of a share of `n` examples, the binomial one; None for the others, which have no such formula."""
     return math.sqrt(value * (1 - value) / n) if metric == "accuracy" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing two methods: over seeds, and over examples
+
+
+def paired_t(differences, level=0.95):
+    """(mean, low, high, p) of a paired t test over seeds; low, high and p are None for fewer than two seeds.
+
+    Student's distribution is integrated numerically: SciPy has it, but is not needed to run anything here.
+    """
+    d, n = np.asarray(differences, dtype=np.float64), len(differences)
+    mean, error = float(d.mean()), float(d.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    if n < 2:
+        return mean, None, None, None
+    if error == 0:
+        return mean, mean, mean, 1.0 if mean == 0 else 0.0
+    # with t = tan(u) sqrt(freedom) the density becomes cos(u)^(freedom - 1) on a finite interval
+    u = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(u) ** (n - 2)
+    inside = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    inside /= inside[-1]  # share of Student's distribution between -t and t
+    p = 1 - float(np.interp(math.atan(abs(mean / error) / math.sqrt(n - 1)), u, inside))
+    reach = math.tan(float(np.interp(level, inside, u))) * math.sqrt(n - 1) * error
+    return mean, mean - reach, mean + reach, p
+
+
+def paired_bootstrap(metric, ours, theirs, labels, rounds=1000, level=0.95):
+    """(low, high) of the mean over seeds of metric(ours) - metric(theirs) when the examples are drawn anew, the same for both.
+
+    ours, theirs: predictions, a row a seed (seeds, n).
+    """
+    ours, theirs, labels, draw = np.asarray(ours), np.asarray(theirs), np.asarray(labels), np.random.default_rng(0)
+    differences = []
+    for _ in range(rounds):
+        chosen = draw.integers(0, len(labels), len(labels))
+        differences.append(np.mean([METRICS[metric](a[chosen], labels[chosen]) - METRICS[metric](b[chosen], labels[chosen])
+                                    for a, b in zip(ours, theirs)]))
+    return tuple(float(x) for x in np.quantile(differences, [(1 - level) / 2, (1 + level) / 2]))
+
+
+def mcnemar(ours, theirs, labels):
+    """p of McNemar's exact test on the examples that one method gets right in most seeds and the other does not."""
+    right = [(np.asarray(p) == np.asarray(labels)).mean(0) > 0.5 for p in (ours, theirs)]
+    only_ours, only_theirs = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    n = only_ours + only_theirs
+    tail = sum(math.comb(n, k) for k in range(min(only_ours, only_theirs) + 1))
+    return min(1.0, float(2 * Fraction(tail, 2**n)))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from data.metrics import METRICS, ranks, score, standard_error
+from data.metrics import METRICS, mcnemar, paired_bootstrap, paired_t, ranks, score, standard_error
 
 #              predictions          labels              accuracy  matthews                 f1
 BY_HAND = [([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], 4 / 6, (2 * 2 - 1 * 1) / 9, 4 / 6),
@@ -99,3 +99,49 @@ def test_errors():
 def test_standard_error_is_the_binomial_one_or_none():
     assert standard_error("accuracy", 0.8, 400) == pytest.approx(0.02) and standard_error("accuracy", 1.0, 5) == 0
     assert [standard_error(metric, 0.8, 400) for metric in ("matthews", "f1", "pearson")] == [None] * 3
+
+
+# Comparing two methods
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
+def test_the_paired_t_test_is_scipys(n):
+    stats = pytest.importorskip("scipy.stats")
+    for shift in (0, 0.3, 3):
+        d = np.random.default_rng(n).normal(size=n) + shift
+        mean, low, high, p = paired_t(d)
+        theirs = stats.ttest_1samp(d, 0)
+        interval = theirs.confidence_interval()
+        assert p == pytest.approx(theirs.pvalue, abs=1e-6) and mean == pytest.approx(d.mean())
+        assert (low, high) == (pytest.approx(interval.low, rel=1e-4, abs=1e-6), pytest.approx(interval.high, rel=1e-4, abs=1e-6))
+
+
+def test_the_paired_t_test_by_hand():
+    mean, low, high, p = paired_t([1.0, 2.0, 3.0])  # t = 2 / (1 / sqrt(3)) = 3.464 with 2 degrees of freedom; t(0.975) = 4.303
+    assert mean == 2 and p == pytest.approx(0.0742, abs=1e-4) and high - mean == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3) == mean - low
+    assert paired_t([0.5]) == (0.5, None, None, None) and paired_t([0.0, 0.0])[3] == 1 and paired_t([1.0, 1.0]) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (5, 1), (20, 20), (400, 350)])
+def test_mcnemars_test_is_the_exact_binomial(counts):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = counts
+    labels = np.ones(a + b + 7, dtype=int)
+    ours, theirs = labels.copy(), labels.copy()
+    theirs[:a], ours[a:a + b] = 0, 0
+    p = mcnemar([ours, ours, 1 - ours], [theirs] * 3, labels)
+    assert p == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
+
+
+def test_the_bootstrap_covers_the_difference_and_narrows_with_more_examples():
+    draw = np.random.default_rng(1)
+    widths = []
+    for n in (100, 2500):
+        labels = draw.integers(0, 2, n)
+        ours, theirs = ([np.where(draw.random(n) < right, labels, 1 - labels) for _ in range(3)] for right in (0.9, 0.8))
+        low, high = paired_bootstrap("accuracy", ours, theirs, labels)
+        observed = np.mean([(a == labels).mean() - (b == labels).mean() for a, b in zip(ours, theirs)])
+        assert low < observed < high
+        widths.append(high - low)
+        assert paired_bootstrap("accuracy", ours, ours, labels) == (0, 0)
+    assert widths[0] / widths[1] == pytest.approx(5, rel=0.4)

@@ -1,0 +1,144 @@
+"""Comparisons: matched parameters, learning rates from held-out training data, statistics, and nothing run twice or lost."""
+import json
+
+import pytest
+import torch
+
+import train
+from data.metrics import paired_t
+from data.tasks import load_task
+from tests.test_train import toys  # noqa: F401  (a fixture)
+
+
+def arguments(toys, out, methods, *more):
+    return [f"--model={toys / 'bert'}", f"--task={toys / 'classification'}", f"--methods={methods}", f"--out_dir={out}", "--device=cpu", "--seeds=3",
+            "--max_steps=8", "--batch_size=8", "--max_length=64", "--grid=1e-3,3e-2", *more]
+
+
+def run(*args):
+    assert train.main(arguments(*args)) == 0
+    return json.loads((args[1] / "compare.json").read_text())
+
+
+def test_methods_are_compared_with_matched_parameters_the_same_seeds_and_their_own_learning_rates(toys, tmp_path, capsys):
+    table = run(toys, tmp_path, "lora,dual_lora,dual_lora:magnitude=none:r=4,full")["classification"]
+    lora, dual, loha, full = table
+    assert lora["trainable"] == dual["trainable"] > loha["trainable"] and full["trainable"] > dual["trainable"]
+    assert loha["settings"]["magnitude"] == "none" and dual["settings"]["magnitude"] == "relu" and lora["settings"]["method"] == "lora"
+    for line in table:
+        assert set(line["grid"]) == {"0.001", "0.03"} and line["grid"][f"{line['learning_rate']:g}"] == max(line["grid"].values())
+        assert line["runs"] == 3 and len(line["values"]) == 3 and line["mean"] == pytest.approx(sum(line["values"]) / 3)
+    mean, low, high, p = paired_t([a - b for a, b in zip(dual["values"], lora["values"])])
+    assert (dual["difference"], dual["interval"], dual["p"]) == (mean, [low, high], p) and "difference" not in lora
+    assert dual["bootstrap"][0] <= mean <= dual["bootstrap"][1] and 0 <= dual["mcnemar"] <= 1
+    shown, text = capsys.readouterr().out, (tmp_path / "compare-classification.md").read_text()
+    assert text in shown and "| dual_lora:magnitude=none:r=4 |" in text and f"{dual['mean']:.4f} ± {dual['sd']:.4f}" in text
+    assert shown.count("held-out training data") == 8 and shown.count(", seed ") == 12
+
+
+def test_a_method_without_a_spread_of_its_own_equals_itself(toys, tmp_path):
+    first, again = run(toys, tmp_path, "lora,lora:alpha=16", "--learning_rate=0.01")["classification"]
+    assert again["values"] == first["values"] and again["difference"] == 0 and again["p"] == 1 and again["bootstrap"] == [0, 0] and again["mcnemar"] == 1
+    assert again["grid"] == {} and again["learning_rate"] == 0.01
+
+
+def test_learning_rates_are_chosen_without_the_validation_data(toys, tmp_path, monkeypatch):
+    task, seen, original = load_task(str(toys / "classification")), [], train.train
+
+    def spy(cfg, part):
+        seen.append((cfg.seed, part))
+        return original(cfg, part)
+
+    monkeypatch.setattr(train, "train", spy)
+    run(toys, tmp_path, "lora")
+    for seed, part in seen:
+        if seed >= 1000:
+            assert sorted(map(json.dumps, part.train + part.validation)) == sorted(map(json.dumps, task.train)) and len(part.validation) == 6
+        else:
+            assert part == task
+    assert [seed for seed, _ in seen] == [1000, 1000, 0, 1, 2]
+
+
+def test_what_has_been_run_is_not_run_again_and_an_interrupted_comparison_goes_on(toys, tmp_path, monkeypatch, capsys):
+    whole = run(toys, tmp_path / "whole", "lora,dual_lora")
+    calls, original = [], train.training_loss
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 45:  # in the middle of a run
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(train, "training_loss", dies)
+    half = [*arguments(toys, tmp_path / "half", "lora,dual_lora"), "--checkpoint_interval=3"]
+    assert train.main(half) == 1 and "interrupted" in capsys.readouterr().err
+    assert train.main(half) == 0
+    steps = len(calls)
+    assert 80 <= steps <= 84, "ten runs of eight steps, and at most three of them again"
+    table = json.loads((tmp_path / "half" / "compare.json").read_text())["classification"]
+    assert [line["values"] for line in table] == [line["values"] for line in whole["classification"]]
+    assert train.main(half) == 0 and len(calls) == steps, "nothing is run twice"
+    assert train.main([*half, "--seeds=4"]) == 0 and len(calls) == steps + 16, "one seed more is one run a method more"
+
+
+def test_a_failed_run_is_told_and_does_not_lose_the_rest(toys, tmp_path, monkeypatch, capsys):
+    original = train.Run.start
+
+    def fails(self):
+        if self.cfg.method == "dual_lora" and self.cfg.seed == 1:
+            raise OSError(28, "No space left on device")
+        return original(self)
+
+    monkeypatch.setattr(train.Run, "start", fails)
+    lora, dual = run(toys, tmp_path, "lora,dual_lora", "--learning_rate=0.01")["classification"]
+    assert (dual["runs"], dual["of"], lora["runs"]) == (2, 3, 3)
+    assert dual["difference"] == pytest.approx(sum(dual["values"]) / 2 - (lora["values"][0] + lora["values"][2]) / 2), "paired by seed"
+    shown = capsys.readouterr().out
+    assert "classification, dual_lora, learning rate 0.01, seed 1: failed: [Errno 28] No space left on device" in shown and "| 2 of 3 |" in shown
+
+
+@pytest.mark.parametrize("task", ["regression", "choice", "instruct"])
+def test_every_kind_of_task_can_be_compared(task, toys, tmp_path):
+    model = toys / ("bert" if task == "regression" else "llama")
+    args = [a for a in arguments(toys, tmp_path, "head,lora" if task == "regression" else "full,lora", f"--model={model}", "--learning_rate=0.01")
+            if "--task" not in a]
+    assert train.main([*args, f"--task={toys / task}"]) == 0
+    line = json.loads((tmp_path / "compare.json").read_text())[task][1]
+    assert line["runs"] == 3 and ("bootstrap" in line) == (task != "instruct") and (line.get("mcnemar") is None) == (task != "choice")
+
+
+def test_several_tasks_give_a_table_each(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(toys)
+    args = [a for a in arguments(toys, tmp_path, "lora", "--learning_rate=0.01", "--seeds=1") if "--task" not in a]
+    assert train.main([*args, "--task=classification,pairs"]) == 0
+    tables = json.loads((tmp_path / "compare.json").read_text())
+    assert set(tables) == {"classification", "pairs"} and tables["pairs"][0]["sd"] is None
+
+
+@pytest.mark.parametrize("methods, more, words", [
+    ("lora,qlora", (), "--method=qlora: choose from"), ("lora:depth=3", (), "'depth=3' is no option of a method"), ("lora:r1=4", (), "--r1=4 does nothing with --method=lora"),
+    ("lora:seed=3", (), "no option of a method"), ("lora,lora", (), "lora is there twice"), ("lora:r=x", (), "--r=x: it should be a whole number"),
+    ("lora", ("--grid=1e-3,x",), "--grid=x"), ("lora", ("--grid=0",), "above 0"), ("lora", ("--seeds=0",), "at least 1"), ("lora", ("--method=dora",), "--methods")])
+def test_what_cannot_be_compared_is_one_line(methods, more, words, toys, tmp_path, capsys):
+    assert train.main(arguments(toys, tmp_path / "out", methods, *more)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_seeds_and_grid_do_nothing_alone_and_say_so(capsys):
+    for option in ("--seeds=3", "--grid=1e-3"):
+        assert train.main([option]) == 2 and f"{option} does nothing without --methods" in capsys.readouterr().err
+
+
+def test_the_same_batches_and_head_for_every_method(toys, tmp_path, monkeypatch):
+    seen, original = {}, train.training_loss
+
+    def spy(model, task, batch, *rest):
+        key = "full" if all(p.requires_grad for p in model.parameters()) else "lora"
+        seen.setdefault(key, []).append([example.rows for example in batch])
+        seen.setdefault(f"{key} head", model.head.weight.detach().clone())
+        return original(model, task, batch, *rest)
+
+    monkeypatch.setattr(train, "training_loss", spy)
+    run(toys, tmp_path, "lora,full", "--learning_rate=0.001")
+    assert seen["lora"] == seen["full"] and torch.equal(seen["lora head"], seen["full head"])
