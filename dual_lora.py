@@ -487,8 +487,8 @@ def merge_adapters(model):
 
 
 @torch.no_grad()
-def adapter_report(model):
-    """A dict per adapted layer, by name, of what its dW (out, in) is like. Shares lie in 0 to 1.
+def adapter_report(model, spectrum=True):
+    """A dict per adapted layer, by name, of what its dW (out, in) is like. Shares lie in 0 to 1. Without spectrum, no ranks.
 
     frozen             entries that the ReLU holds at zero: half of them at the start, by symmetry
     dead_rows, dead_columns   how many rows and columns of dW have no live entry at all
@@ -498,6 +498,7 @@ def adapter_report(model):
     effective_rank     exp of the entropy of the shares that the singular values' squares have in their sum
     numerical_rank     singular values above 1 % of the largest
     relative_norm      Frobenius norm of dW over that of W0
+    magnitudes         shares of dW's non-zero entries that lie under 1e-6, in each decade from there to 1e-1, and above
     unmoved            adapter tensors that are still what they were at the start
     The first five and the margin only where the layer has them. Singular values take seconds a layer at 4096 x 4096.
     """
@@ -506,7 +507,9 @@ def adapter_report(model):
         dW, row = layer.delta_weight(), {}
         if isinstance(layer, DualLoRALinear):
             row.update(dual_report(layer))
-        row["effective_rank"], row["numerical_rank"] = ranks(dW)
+        if spectrum:
+            row["effective_rank"], row["numerical_rank"] = ranks(dW)
+        row["magnitudes"] = decades(dW)
         row["relative_norm"] = (dW.norm() / layer.base_weight().to(dW.dtype).norm().clamp(min=1e-30)).item()
         row["unmoved"] = [key for key, value in layer.adapters() if torch.equal(value.cpu(), layer.start[key])]
         report[name] = row
@@ -530,6 +533,12 @@ def dual_report(layer):
     layer.last = {key: p.detach().to("cpu", copy=True) for key, p in layer.adapters()}
     layer.clip_count.zero_()
     return row
+
+
+def decades(dW):
+    """Shares of the non-zero entries of dW whose size is below 1e-6, from 1e-6 to 1e-5, ..., above 1e-1: 7 numbers."""
+    sizes = dW[dW != 0].abs().log10().add(6).ceil().clamp(0, 6).long()
+    return (torch.bincount(sizes, minlength=7) / max(1, sizes.numel())).tolist()
 
 
 def ranks(dW):

@@ -86,7 +86,7 @@ PRESETS = {
         rates(5e-4, 5e-4, 5e-4, 2e-5, 5e-3), "AdaLoRA's epochs and batch for DeBERTa-v3 base (2303.10512); one learning rate for all tasks, untuned",
         lr_warmup_share=0.1, warmup_steps=100, max_length=256,
         epochs={"mnli": 7, "sst2": 24, "mrpc": 30, "cola": 25, "qnli": 5, "qqp": 5, "rte": 50, "stsb": 25}),
-    ("gpt", "any"): Preset(rates(2e-3, 1e-3, 1e-3, 5e-5, 5e-3), "ours, untuned", max_steps=200),
+    ("gpt", "any"): Preset(rates(2e-3, 1e-3, 1e-3, 5e-5, 5e-3), "ours, untuned", max_steps=200, max_length=256),
     ("llama", "mix"): Preset(
         rates(2e-4, 3e-4, 2e-4, 2e-5, 1e-3), "DoRA's for LLaMA-7B (2402.09353), which the paper takes over; Dual LoRA at DoRA's learning rate",
         targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05, batch_size=16, epochs=3, lr_warmup_steps=100,
@@ -509,7 +509,9 @@ class Run:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def counters(self):
-        return {name: m.clip_count for name, m in self.model.named_modules() if isinstance(m, DualLoRALinear)}
+        """What the adapters' reports remember of the last one."""
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, DualLoRALinear)}
+        return {name: {"clip_count": m.clip_count, **m.last} for name, m in layers.items()}
 
     def save(self):
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -544,8 +546,10 @@ class Run:
             for name, p in self.trainable().items():
                 p.copy_(saved["parameters"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for name, counter in self.counters().items():
-            counter.copy_(saved["counters"][name])
+        for name, state in saved["counters"].items():
+            layer = self.model.get_submodule(name)
+            layer.clip_count.copy_(state["clip_count"])
+            layer.last = {key: value for key, value in state.items() if key != "clip_count"}
         torch.set_rng_state(saved["random"])
         if saved["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["cuda"])
@@ -680,6 +684,8 @@ def loop(run, task, examples, validation, tokenizer, device, dtype):
             values = summarise(task, validation, *run.outcome)
             run.record(step=run.step, validation=values)
             print(f"step {run.step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+            if cfg.method in ("dual_lora", "lora", "dora") and not last:  # the final line has the whole report
+                run.record(step=run.step, layers=adapter_report(model, spectrum=False))
             clock.pause(time.time() - paused)
         if saving or evaluating:
             run.save()
@@ -766,7 +772,8 @@ def finish(run, task, n_validation, seconds, device):
     save_adapter(run.model, path)
     report = adapter_report(run.model) if adapters else {}
     result["report"] = {key: sum(row[key] for row in report.values()) / len(report)
-                        for key in next(iter(report.values()), {}) if key != "unmoved"}
+                        for key in next(iter(report.values()), {}) if key not in ("unmoved", "magnitudes")}
+    result["layers"] = report
     unmoved = [f"{name}.{key}" for name, row in report.items() for key in row["unmoved"]]
     if not (run.history and json.loads(run.history[-1]).get("final")):
         run.record(**result)

@@ -890,3 +890,15 @@ def test_two_copies_of_the_file_live_side_by_side():
     b, y = make(8, 8), torch.randn(2, 8)
     b(y).sum().backward()
     assert a.lora_A.grad.any() and b.lora_A.grad.any()
+
+
+def test_magnitudes_are_counted_by_decade_and_zeros_left_out():
+    dW = torch.tensor([[0.0, 5e-8, -5e-6, 2e-5], [-0.5, 7.0, 3e-2, 4e-2]])
+    assert dual_lora.decades(dW) == pytest.approx([1 / 7, 1 / 7, 1 / 7, 0, 0, 2 / 7, 2 / 7])
+    assert dual_lora.decades(torch.zeros(3, 3)) == [0] * 7
+
+
+def test_a_report_without_the_spectrum_has_all_but_the_ranks():
+    model = apply_adapters(nn.Sequential(nn.Linear(6, 5)), ["0"], r1=2, r2=2)
+    whole, cheap = adapter_report(model)["0"], adapter_report(model, spectrum=False)["0"]
+    assert set(whole) - set(cheap) == {"effective_rank", "numerical_rank"} and sum(whole["magnitudes"]) == pytest.approx(1)

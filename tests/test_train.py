@@ -588,3 +588,13 @@ def test_the_program_imports_nothing_but_its_four_packages():
     code = ("import sys; before = set(sys.modules); sys.path.insert(0, %r); import train; "
             "print(*{m.partition('.')[0] for m in sys.modules} & {'transformers', 'peft', 'tokenizers', 'scipy', 'safetensors', 'datasets'})" % str(ROOT))
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_each_evaluation_logs_what_dW_is_like_layer_by_layer(toys, tmp_path):
+    lines = run(toys, tmp_path, "bert", "classification", "dual_lora", "--eval_interval=2", "--learning_rate=0.05")
+    logged, final = [line for line in lines if "layers" in line and "final" not in line], lines[-1]
+    assert [line["step"] for line in logged] == [2, 4] and len(final["layers"]) == 4
+    for name, row in final["layers"].items():
+        assert {"frozen", "effective_rank", "magnitudes", "flips_since_start"} <= set(row) and "q_proj" in name or "v_proj" in name
+        flips = [line["layers"][name]["flips_since_last"] for line in logged]
+        assert flips[0] == logged[0]["layers"][name]["flips_since_start"] and all(0 <= flip <= 1 for flip in flips)
