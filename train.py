@@ -884,7 +884,7 @@ def attempt(cfg, arm, task, folder, held_out=False):
     settings = {**{k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out_dir", "resume")}, "held_out": held_out}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + ("held-out training data" if held_out else f"seed {cfg.seed}")
-    place = folder / f"{task.name}-{re.sub('[^A-Za-z0-9]+', '-', arm)}-{'grid' if held_out else cfg.seed}-{key}"
+    place = folder / f"{task.name}-{re.sub('[^A-Za-z0-9_.=]+', '-', arm)}-{'grid' if held_out else cfg.seed}-{key}"
     if (place / "result.json").exists():
         return json.loads((place / "result.json").read_text())
     place.mkdir(parents=True, exist_ok=True)
