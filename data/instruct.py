@@ -31,7 +31,8 @@ def social_iqa(doc):
 
 def hellaswag(doc):
     """The wheel's text is cleaned: tags such as [step] are gone for good, but the capital that it gave to a begun sentence is not."""
-    begun = re.fullmatch(r"(?s)(.*[.!?:)\"] )(\w)([^.!?]*)", doc["query"])
+    # A quotation mark or a bracket does not end a sentence here: the begun one may hold 'named " ann "', with spaces.
+    begun = re.fullmatch(r"(?s)(.*[.!?] )(\w)([^.!?]*)", doc["query"])
     question = begun[1] + begun[2].lower() + begun[3] if begun else doc["query"]
     return choose("ending to complete the given sentence", question, "ending", [choice.strip() for choice in doc["choices"]])
 
@@ -105,7 +106,7 @@ def read_records(path):
     try:
         with open(path, encoding="utf-8") as file:
             rows = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} should hold a JSON list of records, and at least one")
