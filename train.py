@@ -435,27 +435,69 @@ def metrics_of(task, kind, predictions, labels):
 
 def predict_scored(model, task, examples, tokenizer, device, tokens):
     """({"": class, number or choice of each example; "norm": choice by likelihood per byte}, labels)."""
-    rows = [row for example in examples for row in example.rows]
+    rows, labels = [row for example in examples for row in example.rows], [example.label for example in examples]
+    if not isinstance(model, Classifier):
+        scores = score_answers(model, rows, pad_of(tokenizer), device, tokens)
+        # by bytes too, since a long answer is improbable however right it is
+        per_byte = scores / torch.tensor([n for example in examples for n in example.n_bytes])
+        return {"": by_choice(scores, examples).argmax(1).tolist(), "norm": by_choice(per_byte, examples).argmax(1).tolist()}, labels
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    scores = torch.empty(len(rows), task.n_classes if isinstance(model, Classifier) and task.kind == "classification" else 1)
+    scores = torch.empty(len(rows), task.n_classes if task.kind == "classification" else 1)
     while order:
         size = max(1, tokens // len(rows[order[-1]][0]))
         chosen, order = order[-size:], order[:-size]
-        part = [rows[i] for i in chosen]
-        idx, mask, types = collate(part, pad_of(tokenizer), device)
-        if isinstance(model, Classifier):
-            scores[chosen] = model(idx, mask, types).float().cpu()
-        else:
-            logprobs, _, row = answer_logprobs(model, idx, part)
-            scores[chosen] = torch.zeros(len(part), device=device).index_add_(0, row, logprobs).cpu()[:, None]
-    labels = [example.label for example in examples]
-    if task.kind == "classification":
-        return {"": (scores[:, 0] if task.n_classes == 1 else scores.argmax(1)).tolist()}, labels
-    predictions = {"": by_choice(scores[:, 0], examples).argmax(1).tolist()}
-    if not isinstance(model, Classifier):  # by bytes, since a long answer is improbable however right it is
-        per_byte = scores[:, 0] / torch.tensor([n for example in examples for n in example.n_bytes])
-        predictions["norm"] = by_choice(per_byte, examples).argmax(1).tolist()
-    return predictions, labels
+        scores[chosen] = model(*collate([rows[i] for i in chosen], pad_of(tokenizer), device)).float().cpu()
+    if task.kind == "multiple_choice":
+        return {"": by_choice(scores[:, 0], examples).argmax(1).tolist()}, labels
+    return {"": (scores[:, 0] if task.n_classes == 1 else scores.argmax(1)).tolist()}, labels
+
+
+@torch.no_grad()
+def score_answers(model, rows, pad, device, tokens):
+    """Log-likelihood of each row's answer after its prompt (rows,). Rows with one prompt, as the choices of a question, share its
+    keys and values: the prompt goes through the model once, then the answers' tokens alone."""
+    shared = {}
+    for i, (ids, boundary) in enumerate(rows):
+        shared.setdefault(tuple(ids[:boundary]), []).append(i)
+
+    def longest(prompt):
+        return max(len(rows[i][0]) for i in shared[prompt]) - len(prompt)
+
+    def width(prompts):
+        return max(map(len, prompts)) + max(map(longest, prompts))
+
+    order = sorted(shared, key=lambda prompt: (longest(prompt) // 8, len(prompt)))  # neighbours need little padding
+    scores = torch.empty(len(rows))
+    while order:
+        prompts, size = [order.pop()], 0
+        while order and width([*prompts, order[-1]]) <= model.max_length:
+            size = sum(len(shared[prompt]) for prompt in [*prompts, order[-1]])
+            if size * width([*prompts, order[-1]]) > tokens:
+                break
+            prompts.append(order.pop())
+        chosen = [i for prompt in prompts for i in shared[prompt]]
+        scores[chosen] = answers_after(model, prompts, [len(shared[prompt]) for prompt in prompts],
+                                       [rows[i][0][rows[i][1]:] for i in chosen], pad, device).cpu()
+    return scores
+
+
+def answers_after(model, prompts, counts, answers, pad, device):
+    """Log-likelihood (answers,) of `counts[0]` answers after prompts[0], and so on."""
+    idx, mask = collate_left(prompts, pad, device)
+    cache = [[] for _ in model.layers]
+    hidden = model.hidden(idx, mask, cache)[:, -1:]  # (prompts, 1, n_embd), from which an answer's first token is told
+    of = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(device)  # (answers,), the prompt of each
+    targets, real, _ = collate([(ids, 0) for ids in answers], pad, device)  # (answers, L)
+    real = torch.ones_like(targets, dtype=torch.bool) if real is None else real
+    hidden = hidden[of]
+    if targets.shape[1] > 1:
+        for layer in cache:
+            layer[:] = [t[of] for t in layer]
+        after = model.hidden(targets[:, :-1], torch.cat([mask[of], real[:, :-1]], dim=1), cache)
+        hidden = torch.cat([hidden, after], dim=1)  # (answers, L, n_embd)
+    logits = model.lm_head(hidden[real]).float()  # the vocabulary is wide: no padding goes through it
+    logprobs = -F.cross_entropy(logits, targets[real], reduction="none")
+    return torch.zeros(len(answers), device=device).index_add_(0, real.nonzero()[:, 0], logprobs)
 
 
 def predict_generated(model, task, examples, tokenizer, device, tokens):
