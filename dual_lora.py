@@ -30,6 +30,7 @@ on one layer, switching a merged layer back. float16 loss scaling does not suit 
 """
 import contextlib
 import copy
+import importlib
 import io
 import math
 import os
@@ -39,7 +40,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+try:
+    triton, tl = (importlib.import_module(name) for name in ("triton", "triton.language"))
+except ImportError:  # torch's builds for CUDA bring it, and only the last part of this file has a use for it
+    triton = None
 
 ESTIMATORS = ("clip", "xnor", "identity")
 
@@ -187,21 +199,20 @@ class DualLoRALinear(AdaptedLinear):
 
     def forward(self, x):
         """x (..., in) -> (..., out): F.linear(x, W0 + dW, bias), with what DualLinear below saves in memory."""
-        weight = self.base_weight()
+        weight, off = self.base_weight(), self.is_off()
         autocast = x.dtype != torch.float64 and autocast_on(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         x = x.to(dtype) if autocast else x
-        off = self.is_off()
-        dual = (self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scaling * self.warmup, self.clip_count,
-                dtype, self.magnitude, self.direction, self.ste, off)
-        if off or self.dropout == 0 or not self.training:
-            return DualLinear.apply(x, weight, self.bias, *dual)
-        return F.linear(x, weight, self.bias) + DualLinear.apply(F.dropout(x, self.dropout), None, None, *dual)
+        keep = None  # where dropout keeps x; as F.dropout draws it
+        if self.dropout and self.training and not off:
+            keep = F.dropout(torch.ones_like(x), self.dropout).bool()
+        return DualLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scaling * self.warmup,
+                                self.clip_count, dtype, self.magnitude, self.direction, self.ste, off, keep, self.dropout)
 
     def is_off(self):
         """Whether nothing needs building because the factor is 0. W0 + 0 dW is the same to the bit, only dearer, which is why
-        compiled code need not ask: a question about a tensor's value would split its graph."""
-        if torch.compiler.is_compiling():
+        code that is being compiled or traced need not ask: a question about a tensor's value would split its graph."""
+        if torch.compiler.is_compiling() or detect_fake_mode() is not None:
             return False
         return self.warmup.item() == 0 if self.warmup.is_cpu else self.off
 
@@ -273,6 +284,29 @@ def parts(A, B, C, D, scale, magnitude, direction):
     return DC, sBA.relu_() if magnitude == "relu" else sBA, sign(DC) if direction == "sign" else DC
 
 
+def put_weight(W, weight, A, B, C, D, scale, magnitude, direction):
+    """Some rows of W0 + s W_m ⊙ W_d into W (rows, in), or s W_m ⊙ W_d if weight is None; returns DC, s W_m and W_d."""
+    DC, sW_m, W_d = parts(A, B, C, D, scale, magnitude, direction)
+    if weight is None:
+        torch.mul(sW_m, W_d, out=W) if W.dtype == sW_m.dtype else W.copy_(sW_m * W_d)
+    else:
+        torch.add(weight, sW_m * W_d, out=W)
+    return DC, sW_m, W_d
+
+
+def put_weight_and_gradients(W, G, weight, A, B, C, D, scale, clip_count, magnitude, direction, ste):
+    """The same, and what these rows give to dA / s, dB / s, dC and dD from their G (rows, in): the four gradients."""
+    DC, sW_m, W_d = put_weight(W, weight, A, B, C, D, scale, magnitude, direction)
+    G = G.to(A.dtype)
+    g_m = G * W_d  # g_m = s G ⊙ W_d ⊙ [BA > 0], the scale s at the end
+    g_d = G * sW_m  # g_d = Clip(s G ⊙ W_m, -1, 1)
+    if magnitude == "relu":
+        g_m *= sW_m.sign()
+    if direction == "sign":
+        g_d = clip_and_count(g_d, DC, ste, clip_count)
+    return B.t() @ g_m, g_m @ A.t(), D.t() @ g_d, g_d @ C.t()
+
+
 # Two operators rather than two functions: torch.compile takes them as they are instead of tracing into the switches above.
 OPERATORS = __name__.replace(".", "_")
 
@@ -282,42 +316,27 @@ def effective_weight(weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, 
                      direction: str, dtype: torch.dtype) -> Tensor:
     """W0 + s W_m ⊙ W_d (out, in), summed in the adapters' dtype and rounded once to `dtype`; dW alone if weight is None."""
     W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+    put = fused_weight if can_fuse(weight, A, B, C, D, dtype) else put_weight
     with exact_float32(B.device.type):
         for rows in row_blocks(B, A):
-            _, sW_m, W_d = parts(A, B[rows], C, D[rows], scale, magnitude, direction)
-            put(W, rows, weight, sW_m * W_d)
+            put(W[rows], None if weight is None else weight[rows], A, B[rows], C, D[rows], scale, magnitude, direction)
     return W
-
-
-def put(W, rows, weight, dW):
-    if weight is None:
-        W[rows] = dW
-    else:
-        torch.add(weight[rows], dW, out=W[rows])
 
 
 @torch.library.custom_op(f"{OPERATORS}::backward", mutates_args=("clip_count",))
 def weight_and_gradients(G: Tensor, weight: Optional[Tensor], A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor,
                          clip_count: Tensor, magnitude: str, direction: str, ste: str, dtype: torch.dtype,
                          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W (out, in) again, and dA, dB, dC, dD from G = dL/dW (out, in): the four gradients, a block of rows at a time."""
+    """W (out, in) again, and dA, dB, dC, dD from G = dL/dW (out, in), a block of rows at a time."""
     W = B.new_empty(B.shape[0], A.shape[1], dtype=dtype)
     dA, dB, dC, dD = (torch.zeros_like(M, memory_format=torch.contiguous_format) for M in (A, B, C, D))
+    put = fused_weight_and_gradients if can_fuse(weight, A, B, C, D, dtype) else put_weight_and_gradients
     with exact_float32(B.device.type):
         for rows in row_blocks(B, A):
-            DC, sW_m, W_d = parts(A, B[rows], C, D[rows], scale, magnitude, direction)
-            put(W, rows, weight, sW_m * W_d)
-            G_rows = G[rows].to(A.dtype)
-            g_m = G_rows * W_d  # g_m = s G ⊙ W_d ⊙ [BA > 0], the scale s at the end
-            g_d = G_rows * sW_m  # g_d = Clip(s G ⊙ W_m, -1, 1)
-            if magnitude == "relu":
-                g_m *= sW_m.sign()
-            if direction == "sign":
-                g_d = clip_and_count(g_d, DC, ste, clip_count)
-            dB[rows] = g_m @ A.t()
-            dA += B[rows].t() @ g_m
-            dD[rows] = g_d @ C.t()
-            dC += D[rows].t() @ g_d
+            a, dB[rows], c, dD[rows] = put(W[rows], G[rows], None if weight is None else weight[rows], A, B[rows], C, D[rows],
+                                           scale, clip_count, magnitude, direction, ste)
+            dA += a
+            dC += c
     return W, dA * scale, dB * scale, dC, dD
 
 
@@ -342,30 +361,47 @@ def _(G, weight, A, B, C, D, scale, clip_count, magnitude, direction, ste, dtype
 
 
 class DualLinear(torch.autograd.Function):
-    """y = x (W0 + dW)^T + bias, keeping x, W0 and the four small matrices for the backward pass and nothing else."""
+    """y = x (W0 + dW)^T + bias, keeping x, W0 and the four small matrices for the backward pass and nothing else.
+
+    With `keep`, dropout's mask, it is x W0^T + dropped(x) dW^T + bias, and the mask is kept too, a byte an entry.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, C, D, scale, clip_count, dtype, magnitude, direction, ste, off):
-        ctx.settings, ctx.dtype, ctx.off, ctx.clip_count = (magnitude, direction, ste), dtype, off, clip_count
-        ctx.save_for_backward(x, weight, A, B, C, D, scale)
-        W = weight if off else effective_weight(weight, A, B, C, D, scale, magnitude, direction, dtype)
-        return F.linear(x, W, bias)
+    def forward(ctx, x, weight, bias, A, B, C, D, scale, clip_count, dtype, magnitude, direction, ste, off, keep=None, dropout=0.0):
+        ctx.settings, ctx.dtype, ctx.off, ctx.dropout, ctx.clip_count = (magnitude, direction, ste), dtype, off, dropout, clip_count
+        ctx.save_for_backward(x, weight, A, B, C, D, scale, keep)
+        if off:
+            return F.linear(x, weight, bias)
+        W = effective_weight(weight if keep is None else None, A, B, C, D, scale, magnitude, direction, dtype)
+        if keep is None:
+            return F.linear(x, W, bias)
+        return F.linear(x, weight, bias) + F.linear(drop(x, keep, dropout), W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, weight, A, B, C, D, scale = ctx.saved_tensors
+        x, weight, A, B, C, D, scale, keep = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *needs_adapters = ctx.needs_input_grad[:7]
+        needs_dW = any(needs_adapters) and not ctx.off
         rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
-        G = rows.t() @ columns if needs_weight or (any(needs_adapters) and not ctx.off) else None  # (out, in)
-        adapters = [torch.zeros_like(M) for M in (A, B, C, D)]  # a factor of 0 gives gradients of 0, not None
-        W = weight
-        if not ctx.off and any(needs_adapters):
-            W, *adapters = weight_and_gradients(G, weight, A, B, C, D, scale, ctx.clip_count, *ctx.settings, ctx.dtype)
-        elif not ctx.off and needs_x:
-            W = effective_weight(weight, A, B, C, D, scale, *ctx.settings[:2], ctx.dtype)
-        return (gy @ W.to(gy.dtype) if needs_x else None, G if needs_weight else None, rows.sum(0) if needs_bias else None,
-                *(grad if needed else None for grad, needed in zip(adapters, needs_adapters)), *[None] * 7)
+        G = rows.t() @ columns if needs_weight or (needs_dW and keep is None) else None  # (out, in)
+        base = weight if keep is None else None
+        W, adapters = weight, [torch.zeros_like(M) for M in (A, B, C, D)]  # a factor of 0 gives gradients of 0, not None
+        if needs_dW:
+            of_dW = G if keep is None else rows.t() @ drop(x, keep, ctx.dropout).reshape(columns.shape)
+            W, *adapters = weight_and_gradients(of_dW, base, A, B, C, D, scale, ctx.clip_count, *ctx.settings, ctx.dtype)
+        elif needs_x and not ctx.off:
+            W = effective_weight(base, A, B, C, D, scale, *ctx.settings[:2], ctx.dtype)
+        gx = gy @ W.to(gy.dtype) if needs_x else None
+        if needs_x and keep is not None:
+            gx = torch.addmm(drop(gx, keep, ctx.dropout).reshape(columns.shape), rows, weight.to(gy.dtype)).reshape(x.shape)
+        return (gx, G if needs_weight else None, rows.sum(0) if needs_bias else None,
+                *(grad if needed else None for grad, needed in zip(adapters, needs_adapters)), *[None] * 9)
+
+
+def drop(x, keep, p):
+    """Dropout with a mask that is there already."""
+    return (x * keep).mul_(1 / (1 - p))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,9 +511,8 @@ def merge_adapters(model):
     layers = adapted_layers(model)
     for name, layer in layers.items():
         base, dW = layer.base_weight(), layer.delta_weight()
-        merged = (base.to(dW.dtype) + dW).to(base.dtype)  # (out, in)
-        moved += (dW != 0).sum().item()
-        lost += ((dW != 0) & (merged == base)).sum().item()
+        merged, n_lost, n_moved = rounded_sum(base, dW)
+        lost, moved = lost + n_lost, moved + n_moved
         if layer is model:
             model = layer.plain_layer(merged)
         else:
@@ -498,6 +533,7 @@ def adapter_report(model, spectrum=True):
     effective_rank     exp of the entropy of the shares that the singular values' squares have in their sum
     numerical_rank     singular values above 1 % of the largest
     relative_norm      Frobenius norm of dW over that of W0
+    lost               share of dW's non-zero entries that W0 + dW, rounded to W0's dtype, does not show
     magnitudes         shares of dW's non-zero entries that lie under 1e-6, in each decade from there to 1e-1, and above
     unmoved            adapter tensors that are still what they were at the start
     The first five and the margin only where the layer has them. Singular values take seconds a layer at 4096 x 4096.
@@ -511,6 +547,8 @@ def adapter_report(model, spectrum=True):
             row["effective_rank"], row["numerical_rank"] = ranks(dW)
         row["magnitudes"] = decades(dW)
         row["relative_norm"] = (dW.norm() / layer.base_weight().to(dW.dtype).norm().clamp(min=1e-30)).item()
+        _, lost, moved = rounded_sum(layer.base_weight(), dW)
+        row["lost"] = lost / max(1, moved)
         row["unmoved"] = [key for key, value in layer.adapters() if torch.equal(value.cpu(), layer.start[key])]
         report[name] = row
     return report
@@ -535,9 +573,15 @@ def dual_report(layer):
     return row
 
 
+def rounded_sum(base, dW):
+    """base + dW (out, in) rounded to base's dtype, how many of dW's non-zero entries it does not show, and how many there are."""
+    merged = (base.to(dW.dtype) + dW).to(base.dtype)
+    return merged, ((dW != 0) & (merged == base)).sum().item(), (dW != 0).sum().item()
+
+
 def decades(dW):
-    """Shares of the non-zero entries of dW whose size is below 1e-6, from 1e-6 to 1e-5, ..., above 1e-1: 7 numbers."""
-    sizes = dW[dW != 0].abs().log10().add(6).ceil().clamp(0, 6).long()
+    """Shares of the finite non-zero entries of dW whose size is below 1e-6, from 1e-6 to 1e-5, ..., above 1e-1: 7 numbers."""
+    sizes = dW[(dW != 0) & dW.isfinite()].abs().log10().add(6).ceil().clamp(0, 6).long()
     return (torch.bincount(sizes, minlength=7) / max(1, sizes.numel())).tolist()
 
 
@@ -548,6 +592,64 @@ def ranks(dW):
     sigma = torch.linalg.svdvals(dW.float() if dW.is_cuda else dW.float().cpu())  # Apple's GPUs have no SVD
     share = sigma.square() / sigma.square().sum()
     return torch.special.entr(share).sum().exp().item(), (sigma > 0.01 * sigma[0]).sum().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step costs
+
+
+def training_cost(model, step):
+    """What a training step of `model` costs, counted exactly and without computing it; step() returns the loss, a scalar.
+
+    forward_flops, backward_flops    operations of all matrix products, a multiplication and an addition being two
+    kept_bytes       what the forward pass keeps for the backward pass, parameters and buffers left out
+    passes, pass_bytes    reads and writes, outside of these products, of matrices that have the shape of an adapted layer's weight
+    weight_bytes, training_bytes    of parameters and buffers; of the trainable ones' gradients and AdamW's two moments
+    The step is traced on tensors without memory (torch's FakeTensorMode), so that a model need not fit, nor anything change. It may
+    ask for no tensor's value. For an operator here that works through a block of rows at a time, what enters and leaves it counts.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shapes = {shape for layer in adapted_layers(model, or_none=True).values() for shape in (layer.weight.shape, layer.weight.shape[::-1])}
+    mode, kept = FakeTensorMode(allow_non_fake_inputs=True), {}
+    twins = [mode.from_tensor(t) for t in tensors]  # what the trace sees in their place
+    own = {t.untyped_storage()._cdata for t in tensors + twins}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        kept[storage._cdata] = 0 if storage._cdata in own else storage.nbytes()
+        return t
+
+    with mode, Passes(shapes) as over, torch.random.fork_rng(devices=[]), \
+            FlopCounterMode(display=False, custom_mapping=LOW_RANK_FLOPS) as products, saved_tensors_hooks(keep, lambda t: t):
+        loss = step()
+        forward = products.get_total_flops()
+        torch.autograd.grad(loss, trainable, allow_unused=True)
+    return {"forward_flops": forward, "backward_flops": products.get_total_flops() - forward, "kept_bytes": sum(kept.values()),
+            "passes": over.passes, "pass_bytes": over.bytes, "weight_bytes": sum(t.nbytes for t in tensors),
+            "training_bytes": sum(3 * p.nbytes for p in trainable)}
+
+
+class Passes(TorchDispatchMode):
+    """Counts operands and results of the given shapes, of everything but products and views."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.passes, self.bytes = shapes, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and func.namespace != "prim" and func._overloadpacket not in flop_registry:
+            for t in tree_leaves((args, kwargs, result)):
+                if isinstance(t, Tensor) and t.shape in self.shapes:
+                    self.passes, self.bytes = self.passes + 1, self.bytes + t.nbytes
+        return result
+
+
+# BA and DC forward; again, and dA, dB, dC, dD, backward: (out, r) by (r, in) each, or as dear.
+LOW_RANK_FLOPS = {getattr(torch.ops, OPERATORS).effective_weight: lambda weight, A, B, C, *_, **__: 2 * B[0] * A[1] * (A[0] + C[0]),
+                  getattr(torch.ops, OPERATORS).backward: lambda G, weight, A, B, C, *_, **__: 6 * B[0] * A[1] * (A[0] + C[0])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,3 +874,154 @@ class DoRALinear(LoRALinear):
         else:
             plain = base if self.bias is None else base - self.bias
         return (base + (ratio - 1) * plain + ratio * self.branch(dropped)).to(base.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On CUDA: put_weight and put_weight_and_gradients, each as one kernel. Nothing here that was not said above.
+#
+# A GPU's cache is no help to the block-by-block loop above: each of its elementwise lines reads and writes all of (out, in), some
+# 16 passes in float32 forward and 30 backward. These kernels build a tile of BA and DC in registers, from the few numbers of A, B, C
+# and D that it needs, so that what passes through memory is W0 in and W out, and in the backward pass G in as well: five passes in the
+# weight's own dtype. BA and DC are float32 products ("ieee") here too. The four small gradients sum over tiles; each program adds up
+# its own and torch adds the programs', in one order, so that a run repeats to the bit.
+
+FUSED_RANK = 64  # above, a tile of the factors no longer fits the registers
+
+
+def can_fuse(weight, A, B, C, D, dtype):
+    """Whether the kernels below can take these tensors."""
+    return (triton is not None and B.is_cuda and max(A.shape[0], C.shape[0]) <= FUSED_RANK
+            and all(M.dtype == torch.float32 and M.is_contiguous() for M in (A, C))
+            and all(t in (torch.float32, torch.bfloat16, torch.float16) for t in (dtype, dtype if weight is None else weight.dtype)))
+
+
+if triton is not None:
+
+    @triton.jit
+    def load_factor(M, rows, n_rows, row_stride, columns, n_columns):
+        """M[rows, columns] as float32, zero outside of (n_rows, n_columns)."""
+        inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+        return tl.load(M + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+
+    @triton.jit
+    def product(M, rows, n_rows, row_stride, N, columns, n_columns, rank, R: tl.constexpr):
+        """(M N)[rows, columns] in float32 proper, 16 of the rank at a time: all at once would not fit the registers."""
+        total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+        for first in range(0, R, 16):
+            k = first + tl.arange(0, 16)
+            m = load_factor(M, rows, n_rows, row_stride, k, rank)
+            n = load_factor(N, k, rank, n_columns, columns, n_columns)
+            total = tl.dot(m, n, total, input_precision="ieee")
+        return total
+
+    @triton.jit
+    def rectify(sBA, DC, RELU: tl.constexpr, SIGN: tl.constexpr):
+        """s W_m and W_d of a tile; a NaN stays one."""
+        if RELU:
+            sBA = tl.maximum(sBA, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if SIGN:
+            DC = tl.where(DC > 0, 1.0, tl.where(DC <= 0, -1.0, DC))
+        return sBA, DC
+
+    @triton.jit
+    def weight_kernel(W, weight, A, B, C, D, scale, n_out, n_in, r1, r2, weight_row, weight_column, B_row, D_row, HAS_WEIGHT: tl.constexpr,
+                      RELU: tl.constexpr, SIGN: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """A tile of W a program."""
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        sBA = tl.load(scale) * product(B, rows, n_out, B_row, A, columns, n_in, r1, R1)
+        sW_m, W_d = rectify(sBA, product(D, rows, n_out, D_row, C, columns, n_in, r2, R2), RELU, SIGN)
+        dW = sW_m * W_d
+        inside = (rows[:, None] < n_out) & (columns[None, :] < n_in)
+        if HAS_WEIGHT:
+            place = rows[:, None] * weight_row + columns[None, :] * weight_column
+            dW += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(W + rows[:, None] * n_in + columns[None, :], dW.to(W.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def gradients_kernel(W, G, weight, A, B, C, D, scale, cut, dA, dB, dC, dD, n_out, n_in, r1, r2, weight_row, weight_column, B_row, D_row,
+                         HAS_WEIGHT: tl.constexpr, RELU: tl.constexpr, SIGN: tl.constexpr, STE: tl.constexpr, PRECISION: tl.constexpr,
+                         R1: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr):
+        """TILES tiles side by side a program: their W, their share of dB and dD for these rows, and of dA and dC for these columns.
+
+        dA (row blocks, r1, n_in), dC (row blocks, r2, n_in), dB (column spans, n_out, r1), dD (column spans, n_out, r2).
+        """
+        block, span = tl.program_id(0), tl.program_id(1)
+        rows = block * ROWS + tl.arange(0, ROWS)
+        k1, k2 = tl.arange(0, R1), tl.arange(0, R2)
+        b = load_factor(B, rows, n_out, B_row, k1, r1)
+        d = load_factor(D, rows, n_out, D_row, k2, r2)
+        s = tl.load(scale)
+        db = tl.zeros((ROWS, R1), tl.float32)
+        dd = tl.zeros((ROWS, R2), tl.float32)
+        n_cut = 0
+        for tile in range(TILES):
+            columns = (span * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)
+            inside = (rows[:, None] < n_out) & (columns[None, :] < n_in)
+            DC = product(D, rows, n_out, D_row, C, columns, n_in, r2, R2)
+            sW_m, W_d = rectify(s * product(B, rows, n_out, B_row, A, columns, n_in, r1, R1), DC, RELU, SIGN)
+            dW = sW_m * W_d
+            if HAS_WEIGHT:
+                place = rows[:, None] * weight_row + columns[None, :] * weight_column
+                dW += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+            place = rows[:, None] * n_in + columns[None, :]
+            tl.store(W + place, dW.to(W.dtype.element_ty), mask=inside)
+            g = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
+            g_m = g * W_d
+            g_d = g * sW_m
+            if RELU:
+                g_m = tl.where(sW_m > 0, g_m, tl.where(sW_m <= 0, 0.0, sW_m))
+            if SIGN:
+                if STE == "clip":
+                    n_cut += tl.sum(((g_d > 1) | (g_d < -1)).to(tl.int32))
+                    g_d = tl.clamp(g_d, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+                if STE == "xnor":
+                    n_cut += tl.sum(((tl.abs(DC) > 1) & (g_d != 0)).to(tl.int32))
+                    g_d = tl.where(tl.abs(DC) <= 1, g_d, 0.0)
+            a = load_factor(A, k1, r1, n_in, columns, n_in)
+            db += tl.dot(g_m, tl.trans(a), input_precision=PRECISION)
+            c = load_factor(C, k2, r2, n_in, columns, n_in)
+            dd += tl.dot(g_d, tl.trans(c), input_precision=PRECISION)
+            da = tl.dot(tl.trans(b), g_m, input_precision=PRECISION)
+            dc = tl.dot(tl.trans(d), g_d, input_precision=PRECISION)
+            tl.store(dA + (block * r1 + k1[:, None]) * n_in + columns[None, :], da, mask=(k1[:, None] < r1) & (columns[None, :] < n_in))
+            tl.store(dC + (block * r2 + k2[:, None]) * n_in + columns[None, :], dc, mask=(k2[:, None] < r2) & (columns[None, :] < n_in))
+        tl.store(dB + (span * n_out + rows[:, None]) * r1 + k1[None, :], db, mask=(rows[:, None] < n_out) & (k1[None, :] < r1))
+        tl.store(dD + (span * n_out + rows[:, None]) * r2 + k2[None, :], dd, mask=(rows[:, None] < n_out) & (k2[None, :] < r2))
+        tl.atomic_add(cut, n_cut.to(tl.int64))  # whole numbers: their order does not matter
+
+
+TILE = 64  # rows and columns of a tile
+TILES = 8  # tiles a program of the backward pass takes, side by side
+
+
+def common(weight, A, B, C, D, magnitude, direction):
+    """What both kernels want to know: sizes, strides, which parts there are, and ranks padded to what a tile's product takes."""
+    strides = (0, 0) if weight is None else weight.stride()
+    sizes = (B.shape[0], A.shape[1], A.shape[0], C.shape[0], *strides, B.stride(0), D.stride(0))
+    padded = [max(16, triton.next_power_of_2(M.shape[0])) for M in (A, C)]
+    return sizes, dict(HAS_WEIGHT=weight is not None, RELU=magnitude == "relu", SIGN=direction == "sign", R1=padded[0], R2=padded[1],
+                       ROWS=TILE, COLUMNS=TILE)
+
+
+def fused_weight(W, weight, A, B, C, D, scale, magnitude, direction):
+    """put_weight in one kernel."""
+    sizes, what = common(weight, A, B, C, D, magnitude, direction)
+    grid = triton.cdiv(W.shape[0], TILE), triton.cdiv(W.shape[1], TILE)
+    weight_kernel[grid](W, weight, A, B, C, D, scale, *sizes, **what, num_warps=8)
+
+
+def fused_weight_and_gradients(W, G, weight, A, B, C, D, scale, clip_count, magnitude, direction, ste):
+    """put_weight_and_gradients in one kernel and four sums."""
+    sizes, what = common(weight, A, B, C, D, magnitude, direction)
+    n_out, n_in, r1, r2 = sizes[:4]
+    blocks, spans = triton.cdiv(n_out, TILE), triton.cdiv(n_in, TILE * TILES)
+    dA, dC = B.new_empty(blocks, r1, n_in), B.new_empty(blocks, r2, n_in)
+    dB, dD = B.new_empty(spans, n_out, r1), B.new_empty(spans, n_out, r2)
+    # G in bfloat16 has 8 bits, TF32 takes 11: only sums of float32 gradients need more. (BA and DC are "ieee" in any case.)
+    precision = "ieee" if G.dtype == torch.float32 else "tf32"
+    if direction == "sign":
+        clip_count[1] += G.numel()
+    gradients_kernel[blocks, spans](W, G, weight, A, B, C, D, scale, clip_count, dA, dB, dC, dD, *sizes, **what, STE=ste, PRECISION=precision,
+                                    TILES=TILES, num_warps=8, num_stages=1)  # with more in flight its registers spill
+    return dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)

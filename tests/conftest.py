@@ -1,9 +1,13 @@
-"""What every test shares: the import path, no network but 127.0.0.1, and the marker for slow tests."""
+"""What every test shares: the import path, no network but 127.0.0.1, Triton's interpreter, and the marker for slow tests."""
 import os
 import socket
 import sys
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels of dual_lora.py are tested without a GPU
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
