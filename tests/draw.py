@@ -3,11 +3,15 @@
     python tests/draw.py OUT_DIR [--to=FOLDER] [--layer=layers.3.attention.q_proj]
 
 curves.png      training loss and validation metric over the steps, a band from the lowest to the highest seed
+inside.png      Dual LoRA over the steps: shares frozen and turned since the start, signs turned per step, a thin line a layer and their
+                mean; and how large dW's entries are at the end
 spectrum.png    singular values of dW in one layer, for each method that changes it
 signs.png       Sign(DC) of that layer in a Dual LoRA run, at the start and at the end
-and on the terminal, where there is a run with --method=full: by layer, how far each method's dW points where full fine-tuning's
-does (cosine), and how often they agree on the sign of an entry that both move. Needs matplotlib.
+and on the terminal, by method and layer: the share frozen, the share of signs turned, dW's ranks and size, and where there is a run with
+--method=full, how far dW points where full fine-tuning's does (cosine) and how often both agree on the sign of an entry that both move.
+What is by layer is the first seed's. Several tasks have a set of pictures each, curves-TASK.png and so on. Needs matplotlib.
 """
+import io
 import json
 import os
 import statistics
@@ -20,26 +24,39 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from data.download import model_folder  # noqa: E402
-from dual_lora import AdaptedLinear, DualLoRALinear, exact_product, load_adapter, sign  # noqa: E402
+from dual_lora import AdaptedLinear, DualLoRALinear, exact_product, load_adapter, ranks, sign  # noqa: E402
 
 GREY = "#808080"  # legible on white and on black
 
 
-def runs_of(out_dir):
-    """{task and method: [folders of finished runs, by seed]}."""
-    groups = {}
-    for folder in [out_dir, *sorted(path for path in out_dir.iterdir() if path.is_dir())]:
-        lines = read_lines(folder)
-        if lines and lines[-1].get("final") and "-grid-" not in folder.name:
-            settings = lines[-1]["settings"]
-            arm = folder.name.rpartition(f"-{settings['seed']}-")[0] if folder != out_dir else settings["method"]
-            groups.setdefault(arm or folder.name, []).append(folder)
-    return {arm: sorted(folders, key=lambda folder: read_lines(folder)[-1]["settings"]["seed"]) for arm, folders in groups.items()}
+# ---------------------------------------------------------------------------------------------------------------------
+# What the runs left behind
 
 
 def read_lines(folder):
+    """metrics.jsonl; [] where there is none, or one that is being written."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except ValueError:
+        return []
+
+
+def runs_of(out_dir):
+    """{task: {method: [folders of finished runs, by seed]}}; where a method was run again with other options, the latest such runs."""
+    found = {}
+    folders = [folder for folder in [out_dir, *out_dir.iterdir()] if (folder / "metrics.jsonl").is_file()]
+    for folder in sorted(folders, key=lambda folder: ((folder / "metrics.jsonl").stat().st_mtime, folder.name)):
+        lines = read_lines(folder)
+        if lines and lines[-1].get("final") and folder.name.split("-")[-2:-1] != ["grid"]:
+            settings = dict(lines[-1]["settings"])
+            seed, task = settings.pop("seed"), Path(settings["task"]).resolve().name
+            name = folder.name.removeprefix(f"{task}-").rpartition(f"-{seed}-")[0] or folder.name
+            versions = found.setdefault(task, {}).setdefault(settings["method"] if folder == out_dir else name, {})
+            key = json.dumps(settings, sort_keys=True)
+            versions[key] = {**versions.pop(key, {}), seed: folder}  # put last
+    return {task: {arm: [folder for _, folder in sorted(list(versions.values())[-1].items())] for arm, versions in arms.items()}
+            for task, arms in found.items()}
 
 
 def curve(folders, value_of):
@@ -54,28 +71,56 @@ def curve(folders, value_of):
     return steps, [statistics.mean(at[s]) for s in steps], [min(at[s]) for s in steps], [max(at[s]) for s in steps]
 
 
+def reports(folder):
+    """{step: {layer: its row of adapter_report}}, the last from the final line."""
+    return {line["settings"]["max_steps"] if line.get("final") else line["step"]: {short(name): row for name, row in line["layers"].items()}
+            for line in read_lines(folder) if line.get("layers")}
+
+
+def last_report(folder):
+    return list(reports(folder).values() or [{}])[-1]
+
+
+def is_dual(report):
+    return any("frozen" in row for row in report.values())
+
+
+def inside(folder):
+    """(steps, {quantity: {layer: values at these steps}}) of a Dual LoRA run."""
+    rows = reports(folder)
+    steps, layers = list(rows), list(next(iter(rows.values()), {}))
+    gaps = [step - before for before, step in zip([0, *steps], steps)]
+
+    def over(key):
+        return {layer: [rows[step][layer][key] for step in steps] for layer in layers}
+
+    per_step = {layer: [flips / gap for flips, gap in zip(values, gaps)] for layer, values in over("flips_since_last").items()}
+    return steps, {"share frozen": over("frozen"), "signs turned since the start": over("flips_since_start"), "signs turned per step": per_step}
+
+
 def updates(folder):
-    """{layer's name: dW (out, in)} of a finished run, and its model; for full fine-tuning what the linear layers moved by."""
+    """{layer: dW (out, in)} of a finished run, and {layer: module}; for full fine-tuning what the linear layers moved by."""
     settings = read_lines(folder)[-1]["settings"]
     cfg = train.Config(**{**settings, "device": "cpu"})
-    task = train.named_task(cfg)
-    model, _ = train.build(cfg, model_folder(cfg.model), task, torch.device("cpu"))
-    before = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    load_start = {name: m.start for name, m in model.named_modules() if isinstance(m, DualLoRALinear)}
+    model, _ = train.build(cfg, model_folder(cfg.model), train.named_task(cfg), torch.device("cpu"))
+    layers = {short(name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear if cfg.method != "full" else torch.nn.Linear)}
+    before = {name: m.start if isinstance(m, AdaptedLinear) else m.weight.detach().clone() for name, m in layers.items()}
     load_adapter(model, folder / "adapter.pt")
     dW = {}
-    for name, m in model.named_modules():
+    for name, m in layers.items():
         if isinstance(m, AdaptedLinear):
-            dW[short(name)] = m.delta_weight().detach()
-            if name in load_start:
-                m.start = load_start[name]  # where training began, not where the file was loaded
-        elif name in before and cfg.method == "full":
-            dW[short(name)] = m.weight.detach() - before[name]
-    return dW, model
+            dW[name], m.start = m.delta_weight().detach(), before[name]  # where training began, not where the file was loaded
+        else:
+            dW[name] = m.weight.detach() - before[name]
+    return dW, layers
 
 
 def short(name):
     return name.removeprefix("backbone.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
 
 def cosine(a, b):
@@ -88,91 +133,216 @@ def sign_agreement(a, b):
     return (a[both].sign() == b[both].sign()).float().mean().item() if both.any() else float("nan")
 
 
+COLUMNS = {"frozen": ("frozen", ".3f"), "flips_since_start": ("turned", ".3f"), "effective_rank": ("eff. rank", ".1f"),
+           "numerical_rank": ("rank, 1 %", ".0f"), "relative_norm": ("|dW|/|W0|", ".4f"), "cosine": ("cosine", ".3f"), "signs": ("signs", ".3f")}
+
+
+def rows_of(last, dW, full):
+    """{layer: {column: value}} of a run with adapters: its last report `last`, beside full fine-tuning's dW if that is not None."""
+    rows = {name: dict(row) for name, row in last.items()}
+    for name in rows if full else ():
+        rows[name].update(cosine=cosine(dW[name], full[name]), signs=sign_agreement(dW[name], full[name]))
+    return rows
+
+
+def rows_of_full(dW, layers, names):
+    """The same of full fine-tuning, for the layers that others adapt."""
+    rows = {}
+    for name in names:
+        effective, numerical = ranks(dW[name])
+        norm = (dW[name].norm() / (layers[name].weight.detach() - dW[name]).norm()).item()
+        rows[name] = {"effective_rank": effective, "numerical_rank": numerical, "relative_norm": norm}
+    return rows
+
+
+def table(figures):
+    """Lines from {method: {layer: {column: value}}}, the mean over layers last in each method."""
+    names = [name for rows in figures.values() for name in rows]
+    wide, long = (max(map(len, column)) + 2 for column in (["method", *figures], ["layer", *names]))
+    lines = [f"{'method':{wide}}{'layer':{long}}" + "".join(f"{title:>11}" for title, _ in COLUMNS.values())]
+    for arm, rows in figures.items():
+        mean = {key: statistics.mean(row[key] for row in rows.values()) for key in COLUMNS if all(key in row for row in rows.values())}
+        for name, row in {**rows, "mean": mean}.items():
+            cells = (format(row[key], form) if key in row else "" for key, (_, form) in COLUMNS.items())
+            lines.append(f"{arm:{wide}}{name:{long}}" + "".join(f"{cell:>11}" for cell in cells))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
 def style(plt):
     plt.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-                         "savefig.transparent": True, "legend.frameon": False, "savefig.dpi": 130, "figure.constrained_layout.use": True})
+                         "axes.facecolor": "none", "savefig.transparent": True, "legend.frameon": False, "legend.fontsize": 7, "savefig.dpi": 130,
+                         "font.size": 9, "axes.titlesize": 9, "figure.constrained_layout.use": True})
 
 
-def draw_curves(plt, groups, path):
-    metric = read_lines(next(iter(groups.values()))[0])[-1]["metric"]
+def save(plt, figure, path):
+    """As a PNG of 64 colours, a third of the size."""
+    from PIL import Image  # it comes with matplotlib
+    whole = io.BytesIO()
+    figure.savefig(whole)
+    plt.close(figure)
+    Image.open(whole).quantize(64).save(path, optimize=True)
+
+
+def steps_below(axis):
+    axis.set(xlabel="step", xlim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def name_methods(figure, axis):
+    """A legend above the axes: inside it would cover lines."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
+def draw_curves(plt, arms, colours, path):
+    metric = read_lines(next(iter(arms.values()))[0])[-1]["metric"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for arm, folders in groups.items():
+    for arm, folders in arms.items():
         for axis, value_of in zip(axes, (lambda line: line.get("loss"), lambda line: line.get("validation", {}).get(metric))):
             steps, mean, low, high = curve(folders, value_of)
-            drawn, = axis.plot(steps, mean, label=f"{arm} ({len(folders)} seeds)", linewidth=1.2)
-            axis.fill_between(steps, low, high, alpha=0.25, color=drawn.get_color(), linewidth=0)
-    axes[0].set(xlabel="step", ylabel="training loss")
-    axes[1].set(xlabel="step", ylabel=f"validation {metric}")
-    axes[0].legend(fontsize=7)
-    figure.savefig(path)
+            axis.plot(steps, mean, label=arm + (f" ({len(folders)} seeds)" if len(folders) > 1 else ""), linewidth=1.2, marker=".",
+                      markersize=3, color=colours[arm])
+            axis.fill_between(steps, low, high, alpha=0.15, color=colours[arm], linewidth=0)
+    for axis in axes:
+        steps_below(axis)
+    axes[0].set_ylabel("training loss")
+    axes[1].set_ylabel(f"validation {metric}")
+    name_methods(figure, axes[0])
+    save(plt, figure, path)
 
 
-def draw_spectrum(plt, dW, layer, path):
+def draw_inside(plt, arms, colours, path):
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6))
+    last = {arm: last_report(folders[0]) for arm, folders in arms.items() if last_report(folders[0])}
+    for arm, report in last.items():
+        if is_dual(report):
+            draw_quantities(axes.flat, *inside(arms[arm][0]), colours[arm])
+    draw_magnitudes(axes[1, 1], last, colours)
+    for axis in axes.flat[:3]:
+        steps_below(axis)
+    for axis in axes.flat[1:3]:
+        axis.set_ylim(bottom=0)
+    name_methods(figure, axes[1, 1])
+    save(plt, figure, path)
+
+
+def draw_quantities(axes, steps, quantities, colour):
+    for axis, (name, layers) in zip(axes, quantities.items()):
+        axis.set_ylabel(name)
+        if any(map(any, layers.values())):  # without the ReLU nothing is frozen, and a line at 0 would press the others together
+            for values in layers.values():
+                axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.6)
+            axis.plot(steps, [statistics.mean(at) for at in zip(*layers.values())], color=colour, linewidth=2, marker=".")
+
+
+def draw_magnitudes(axis, last, colours):
+    width = 0.8 / len(last)
+    for i, (arm, report) in enumerate(last.items()):
+        shares = [statistics.mean(decade) for decade in zip(*(row["magnitudes"] for row in report.values()))]
+        axis.bar([j + (i + 0.5) * width - 0.4 for j in range(7)], shares, width, color=colours[arm], label=arm)
+    axis.set(xlabel="size of dW's non-zero entries", ylabel="share of them, mean over layers", xticks=[j + 0.5 for j in range(6)])
+    axis.set_xticklabels([f"$10^{{{power}}}$" for power in range(-6, 0)])
+
+
+def draw_spectrum(plt, dW, layer, colours, path):
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for arm, layers in dW.items():
-        if layer in layers:
+        if layer in layers and layers[layer].any():
             sigma = torch.linalg.svdvals(layers[layer].float())
-            axis.semilogy(range(1, len(sigma) + 1), (sigma / sigma[0]).clamp(min=1e-8).numpy(), label=arm, linewidth=1.2)
+            axis.semilogy(range(1, len(sigma) + 1), (sigma / sigma[0]).clamp(min=1e-8).numpy(), label=arm, linewidth=1.2, color=colours[arm])
     axis.set(xlabel=f"singular value of dW, {layer}", ylabel="share of the largest", ylim=(1e-5, 1.5))
-    axis.legend(fontsize=7)
-    figure.savefig(path)
+    name_methods(figure, axis)
+    save(plt, figure, path)
 
 
 def draw_signs(plt, layer, name, path, size=96):
-    now = sign(exact_product(layer.lora_D, layer.lora_C))
+    now = sign(exact_product(layer.lora_D, layer.lora_C).detach())
     then = sign(exact_product(layer.start["lora_D"], layer.start["lora_C"]))
+    titles = "start: red +1, blue -1", "end", f"red: turned, {100 * (now != then).float().mean():.1f} % of the layer"
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
-    for axis, values, title in zip(axes, (then, now, -now * then), ("start", "end", f"turned: {100 * (now != then).float().mean():.0f} %")):
-        axis.imshow(values[:size, :size].detach().numpy(), cmap="coolwarm", vmin=-1.4, vmax=1.4, interpolation="nearest")
+    for axis, values, title in zip(axes, (then, now, -now * then), titles):
+        axis.imshow(values[:size, :size].numpy(), cmap="coolwarm", vmin=-1.4, vmax=1.4, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
     axes[0].set_ylabel(f"Sign(DC), {name}", fontsize=7)
-    figure.savefig(path)
+    save(plt, figure, path)
 
 
-def compare_with_full(dW):
-    """Lines of a table: cosine and agreement of signs of each method's dW with full fine-tuning's, by layer and on average."""
-    full = next((arm for arm in dW if arm.endswith("full")), None)
-    rows = []
-    for arm, layers in dW.items():
-        if full is None or arm == full:
-            continue
-        figures = {name: (cosine(layers[name], dW[full][name]), sign_agreement(layers[name], dW[full][name])) for name in layers if name in dW[full]}
-        rows += [f"{arm:24}{name:36}{c:8.3f}{s:8.3f}" for name, (c, s) in figures.items()]
-        rows.append(f"{arm:24}{'mean':36}{statistics.mean(c for c, _ in figures.values()):8.3f}{statistics.mean(s for _, s in figures.values()):8.3f}")
-    return [f"{'to full fine-tuning':24}{'layer':36}{'cosine':>8}{'signs':>8}", *rows] if rows else []
+def draw_task(plt, arms, to, suffix, layer):
+    """All pictures of one task, and the table."""
+    colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
+    last = {arm: last_report(folders[0]) for arm, folders in arms.items()}
+    draw_curves(plt, arms, colours, to / f"curves{suffix}.png")
+    if any(is_dual(report) for report in last.values()):
+        draw_inside(plt, arms, colours, to / f"inside{suffix}.png")
+    if not layer:
+        print("no run here has adapters: curves alone were drawn")
+        return
+    found = {arm: updates(folders[0]) for arm, folders in arms.items()}
+    dW = {arm: layers for arm, (layers, _) in found.items() if layers}
+    draw_spectrum(plt, dW, layer, colours, to / f"spectrum{suffix}.png")
+    dual = next((layers[layer] for _, layers in found.values() if isinstance(layers.get(layer), DualLoRALinear)), None)
+    if dual is not None:
+        draw_signs(plt, dual, layer, to / f"signs{suffix}.png")
+    full = next((dW[arm] for arm in dW if not last[arm]), None)
+    figures = {arm: rows_of(last[arm], dW[arm], full) if last[arm] else rows_of_full(*found[arm], adapted(arms)) for arm in dW}
+    print("\n".join(table(figures)))
+
+
+def adapted(arms):
+    """Names of the layers that any run adapts."""
+    return list(dict.fromkeys(name for folders in arms.values() for name in last_report(folders[0])))
+
+
+def choose_layer(arms, wanted):
+    """The layer that spectrum.png and signs.png show: `wanted`, or one in the middle; None if nothing is adapted."""
+    names = adapted(arms)
+    if wanted and wanted not in names:
+        raise ValueError(f"no run adapts {wanted}" + (f": choose from {', '.join(names)}" if names else ", or anything else"))
+    return wanted or (names[len(names) // 2] if names else None)
+
+
+def parse(arguments):
+    """(out_dir, options); ValueError in one line for what is neither."""
+    options, places = {}, []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            places.append(argument)
+        elif name in ("to", "layer") and value:
+            options[name] = value
+        else:
+            raise ValueError(f"{argument!r} is no option: write --to=FOLDER or --layer=NAME; --help explains them")
+    if len(places) != 1:
+        raise ValueError(f"give one out_dir of train.py, not {len(places)}; --help explains more")
+    return Path(places[0]), options
 
 
 def main(arguments):
-    options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
-    places = [argument for argument in arguments if not argument.startswith("--")]
-    if len(places) != 1 or set(options) - {"to", "layer"} or len(options) + 1 != len(arguments):
-        sys.exit(__doc__)
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip())
+        return
     try:
+        out_dir, options = parse(arguments)
+        tasks = runs_of(out_dir) if out_dir.is_dir() else {}
+        if not tasks:
+            raise ValueError(f"{out_dir} holds no finished run of train.py")
+        layers = {task: choose_layer(arms, options.get("layer")) for task, arms in tasks.items()}
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-    except ImportError:
-        sys.exit("draw.py needs matplotlib: pip install matplotlib")
-    out_dir, groups = Path(places[0]), runs_of(Path(places[0])) if Path(places[0]).is_dir() else {}
-    if not groups:
-        sys.exit(f"{out_dir} holds no finished run of train.py")
-    to = Path(options.get("to", out_dir))
-    to.mkdir(parents=True, exist_ok=True)
-    style(plt)
-    draw_curves(plt, groups, to / "curves.png")
-    found = {arm: updates(folders[0]) for arm, folders in groups.items()}
-    dW = {arm: layers for arm, (layers, _) in found.items() if layers}
-    adapted = next((layers for arm, (layers, model) in found.items() if any(isinstance(m, AdaptedLinear) for m in model.modules())), {})
-    layer = options.get("layer") or (list(adapted)[len(adapted) // 2] if adapted else None)
-    if layer is None or not any(layer in layers for layers in dW.values()):
-        sys.exit(f"no run adapts {layer}: choose from {', '.join(adapted)}" if adapted else "no run here has adapters: curves alone were drawn")
-    draw_spectrum(plt, dW, layer, to / "spectrum.png")
-    for _, model in found.values():
-        duals = {short(name): m for name, m in model.named_modules() if isinstance(m, DualLoRALinear)}
-        if layer in duals:
-            draw_signs(plt, duals[layer], layer, to / "signs.png")
-            break
-    print("\n".join(compare_with_full(dW)))
+        style(plt)
+        to = Path(options.get("to", out_dir))
+        to.mkdir(parents=True, exist_ok=True)
+        for task, arms in tasks.items():
+            print(task)
+            draw_task(plt, arms, to, f"-{task}" if len(tasks) > 1 else "", layers[task])
+    except ImportError as error:
+        sys.exit(f"draw.py: {error}; try pip install matplotlib")
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"draw.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
