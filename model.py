@@ -385,9 +385,9 @@ class EncoderBlock(nn.Module):
         return self.conv_norm(y + activate(self.conv_activation, beside)) * real
 
 
-def distance_rows(cfg, T):
-    """The table's row for each distance from -(T - 1) to T - 1 between query and key (2 T - 1,), on the CPU."""
-    distance, mid = torch.arange(1 - T, T), cfg.relative_buckets // 2
+def distance_rows(cfg, T, device="cpu"):
+    """The table's row for each distance from -(T - 1) to T - 1 between query and key (2 T - 1,)."""
+    distance, mid = torch.arange(1 - T, T, device=device), cfg.relative_buckets // 2
     if cfg.relative_buckets:  # exact up to mid, then by the logarithm
         far = distance.abs().clamp(min=mid)
         steps = torch.log(far / mid) / torch.log(torch.tensor((cfg.relative_furthest - 1) / mid)) * (mid - 1)
@@ -450,11 +450,11 @@ class Encoder(nn.Module):
 
     def relative(self, T):
         """The rows of the table that a text of T tokens needs (R, n_embd), and which of them is each query's and key's (T, T)."""
-        rows = distance_rows(self.config, T)
-        first, last = rows[0].item(), rows[-1].item()  # on the CPU: no wait for a GPU
-        table = self.distances.weight[first:last + 1]
+        span, device = self.config.relative_span, self.distances.weight.device
+        first, last = max(0, span - T + 1), min(2 * span, span + T)  # in buckets a distance's row is no further from the middle
+        table = self.distances.weight[first:last]
         table = table if self.distances_norm is None else self.distances_norm(table)
-        rows, position = (rows - first).to(table.device), torch.arange(T, device=table.device)
+        rows, position = distance_rows(self.config, T, device) - first, torch.arange(T, device=device)
         return table, rows[position[:, None] - position + T - 1]
 
     @classmethod

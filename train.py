@@ -36,14 +36,14 @@ import torch
 import torch.nn.functional as F
 
 from data import instruct
-from data.batches import collate, collate_left, encode_examples, epoch_batches
+from data.batches import collate, collate_left, encode_examples, epoch_batches, move
 from data.download import model_folder
 from data.glue import GLUE
 from data.metrics import METRICS, mcnemar, paired_bootstrap, paired_t, score, standard_error
 from data.tasks import MIX, load_task, majority_score
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DoRALinear, DualLoRALinear, LoRALinear, adapter_report, apply_adapters, save_adapter,
-                       save_atomically, set_warmup)
+                       save_atomically, set_warmup, training_cost)
 from model import GPT, Classifier, load_pretrained, read_config
 
 METHODS = ("dual_lora", "lora", "dora", "full", "head")
@@ -60,6 +60,7 @@ class Preset:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    init_std: float = 0.02         # the layer's default
     batch_size: int = 32
     max_steps: Optional[int] = None
     epochs: object = None          # a number, or by task; used where max_steps is None
@@ -77,7 +78,7 @@ def rates(dual_lora, lora, dora, full, head):
 # (model's family, group of tasks) -> Preset; "any" where there is no closer row. The paper publishes neither its learning rates nor
 # its warm-up's length for encoders; for the LLaMAs it takes over DoRA's settings.
 PRESETS = {
-    ("encoder", "any"): Preset(rates(5e-3, 5e-3, 5e-3, 1e-4, 2e-2), "ours: a grid on a part of sarcasm's training data (README)", max_steps=500),
+    ("encoder", "any"): Preset(rates(5e-3, 5e-3, 5e-3, 1e-4, 2e-2), "ours: a grid on parts of the training data of SST-2, STS-B and sarcasm (README)", init_std=0.05, max_steps=500),
     ("roberta", "glue"): Preset(
         rates(5e-4, 5e-4, 5e-4, 2e-5, 5e-3), "LoRA's for RoBERTa base (2106.09685, table 9), its alpha and learning rates rounded to one; "
         "Dual LoRA takes LoRA's learning rate, untuned", alpha=8.0, batch_size=16, lr_warmup_share=0.06, warmup_steps=100, max_length=512,
@@ -120,7 +121,7 @@ class Config:
     alpha: Optional[float] = option(None, "scale: dW is alpha / sqrt(r1 r2) times its factors, LoRA's alpha / r times")
     dropout: Optional[float] = option(None, "on the adapters' input; for Dual LoRA it costs five large products a step instead of three")
     ste: str = option("clip", "the sign's gradient: clip (the paper's), xnor, identity")
-    init_std: float = option(0.02, "standard deviation of A, B, C and D at the start")
+    init_std: Optional[float] = option(None, "standard deviation of A, B, C and D at the start")
     magnitude: str = option("relu", "relu, or none to leave the ReLU out")
     direction: str = option("sign", "sign, or none to leave the Sign out")
     warmup_steps: Optional[int] = option(None, "steps in which the factor on dW grows from 0 to 1")
@@ -141,6 +142,7 @@ class Config:
     eval_only: bool = option(False, "evaluate the model as it is, without training; for a GPT on multiple choice")
     log_interval: int = option(10, "steps between progress lines")
     checkpoint_interval: int = option(50, "steps between checkpoints")
+    compile: bool = option(False, "torch.compile for the training steps: minutes at the start, then fewer passes over the activations")
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(0, "head, data order, adapters and dropout each draw from their own generator made from it")
     device: str = option("auto", "auto (cuda, then mps, then cpu), or one of these")
@@ -153,7 +155,7 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
-BY_PRESET = ("targets", "r", "alpha", "dropout", "batch_size", "warmup_steps", "max_length", "eval_interval")
+BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "warmup_steps", "max_length", "eval_interval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,32 +342,31 @@ def make_optimizer(model, cfg):
 
 
 def answer_logprobs(model, idx, rows):
-    """Log-probability of each answer token and whether it is the likeliest: (n,), (n,), and its row (n,), all rows in a line.
+    """Log-probability of each answer token and whether it is the likeliest: (n,), (n,), all rows in a line.
 
-    The vocabulary is wide, so the hidden states of the answers alone go through lm_head.
+    The vocabulary is wide, so the hidden states of the answers alone go through lm_head. Where they lie is worked out here: a
+    mask on the device would have to be asked for its size, and a GPU waited for.
     """
-    position = torch.arange(idx.shape[1] - 1, device=idx.device)
-    starts = torch.tensor([boundary - 1 for _, boundary in rows], device=idx.device)[:, None]
-    ends = torch.tensor([len(ids) - 1 for ids, _ in rows], device=idx.device)[:, None]
-    counts = (position >= starts) & (position < ends)  # (rows, T - 1): position t predicts token t + 1
+    T = idx.shape[1] - 1
+    places = [row * T + t for row, (ids, boundary) in enumerate(rows) for t in range(boundary - 1, len(ids) - 1)]  # t predicts t + 1
+    targets = move(torch.tensor([token for ids, boundary in rows for token in ids[boundary:]]), idx.device)
     hidden = model.hidden(idx[:, :-1])  # no mask: padding is on the right, where a causal model does not look
-    logits, targets = model.lm_head(hidden[counts]).float(), idx[:, 1:][counts]
-    return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets, counts.nonzero()[:, 0]
+    logits = model.lm_head(hidden.flatten(0, 1)[move(torch.tensor(places), idx.device)]).float()
+    return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
 
 
 def training_loss(model, task, batch, pad, device):
     """(sum of the loss, number right, both tensors; number of targets, number of tokens) of a batch of examples."""
     if not isinstance(model, Classifier):
         rows = [example.rows[example.label] for example in batch]
-        idx, _, _ = collate(rows, pad, device)
-        logprobs, right, _ = answer_logprobs(model, idx, rows)
+        logprobs, right = answer_logprobs(model, collate(rows, pad, device)[0], rows)
         return -logprobs.sum(), right.sum(), targets_in(model, batch), sum(len(ids) for ids, _ in rows)
     rows = [row for example in batch for row in example.rows]
     n_tokens = sum(len(ids) for ids, _ in rows)
     logits = model(*collate(rows, pad, device)).float()
     if task.kind == "multiple_choice":
         logits = by_choice(logits[:, 0], batch)
-    labels = torch.tensor([example.label for example in batch], device=device)
+    labels = move(torch.tensor([example.label for example in batch]), device)
     if task.n_classes == 1:
         return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), labels.new_zeros(()), len(batch), n_tokens
     return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), len(batch), n_tokens
@@ -619,9 +620,14 @@ def train(cfg, task=None):
     torch.manual_seed(cfg.seed + 2)  # dropout
     run.start()
     describe(cfg, task, model, device, dtype, len(examples), len(validation), run.step, preset)
-    started = time.time()
-    loop(run, task, examples, validation, tokenizer, device, dtype)
-    result = finish(run, task, len(validation), time.time() - started, device)
+    cost = estimate(cfg, task, model, examples, pad_of(tokenizer), device, dtype)
+    if cfg.compile:
+        compile_steps(model)
+    clock = Clock(run.step)
+    reset_peak_memory(device)
+    loop(run, task, examples, validation, tokenizer, device, dtype, clock)
+    result = finish(run, task, len(validation), time.time() - clock.began, device)
+    print(measured(cost, clock, device, dtype), flush=True)
     model.eval()
     with torch.no_grad(), mixed_precision(device, dtype):
         predictions, labels = run.outcome or predict(model, task, validation, tokenizer, device, TOKENS)
@@ -676,12 +682,86 @@ def protocol(cfg, model):
     return f"{cfg.protocol}, template {instruct.template_hash(cfg.protocol)}, greedy, trained on {loss}"
 
 
-def loop(run, task, examples, validation, tokenizer, device, dtype):
+def estimate(cfg, task, model, examples, pad, device, dtype):
+    """Print what the first step will cost, counted before it runs; returns training_cost's dict with the step's "tokens"."""
+    batch = [examples[i] for i in epoch_batches(examples, cfg.batch_size, cfg.seed, 0)[0]]
+    size, n = cfg.micro_batch_size or len(batch), 0
+
+    def step():
+        nonlocal n
+        with mixed_precision(device, dtype):
+            loss, _, _, n = training_loss(model, task, batch[:size], pad, device)
+        return loss
+
+    model.train()
+    cost = {**training_cost(model, step), "tokens": n}
+    print(f"a pass of {n:,} tokens costs {flops(cost['forward_flops'])} forward, {flops(cost['backward_flops'])} backward, keeps "
+          f"{cost['kept_bytes'] / 2**20:,.0f} MiB in between, and passes {cost['passes']:,} times over a matrix of adapted weights' size "
+          f"({cost['pass_bytes'] / 2**20:,.0f} MiB); weights {cost['weight_bytes'] / 2**20:,.0f} MiB, gradients and AdamW's moments "
+          f"{cost['training_bytes'] / 2**20:,.1f} MiB", flush=True)
+    return cost
+
+
+def flops(n, per=""):
+    return f"{n / 1e9:,.3g} GFLOP{per}" if n < 1e12 else f"{n / 1e12:,.3g} TFLOP{per}"
+
+
+def measured(cost, clock, device, dtype):
+    """A line on what the steps took, beside the rate of one large product here and now, which is as fast as this device gets."""
+    seconds, peak = clock.trained(), peak_memory(device)
+    if not clock.tokens:
+        return "no step was run"
+    reached = (cost["forward_flops"] + cost["backward_flops"]) / cost["tokens"] * clock.tokens / seconds
+    return (f"{clock.tokens / seconds:,.0f} tokens/s, {flops(reached, '/s')} of products, {100 * reached / product_rate(device, dtype):.0f} % of what one large "
+            f"product reaches here" + (f"; {peak / 2**20:,.0f} MiB of {'GPU memory' if device.type == 'cuda' else 'memory'} at most" if peak else ""))
+
+
+def product_rate(device, dtype):
+    """Operations a second of one large matrix product, the best of a few."""
+    size, best = 8192 if device.type == "cuda" else 1024, math.inf
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+STATUS = Path("/proc/self/status")
+
+
+def reset_peak_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif STATUS.exists():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Bytes since reset_peak_memory: torch's on CUDA, the whole process's on a Linux CPU, None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if device.type == "cpu" and STATUS.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def compile_steps(model):
+    """torch.compile for what training runs; evaluation, with its caches and other shapes, stays as it is. Lengths are dynamic and
+    dW's factor is a tensor, so that neither a new batch nor a step of the warm-up compiles anew."""
+    backbone = getattr(model, "backbone", model)
+    name = "hidden" if isinstance(backbone, GPT) else "forward"
+    plain = getattr(backbone, name)
+    fast = torch.compile(plain, dynamic=True)
+    setattr(backbone, name, lambda *args, **kwargs: (fast if backbone.training else plain)(*args, **kwargs))
+
+
+def loop(run, task, examples, validation, tokenizer, device, dtype, clock):
     cfg, model, pad = run.cfg, run.model, pad_of(tokenizer)
     params = list(run.trainable().values())
     n_batches = max(1, len(examples) // cfg.batch_size)
     autocast = mixed_precision(device, dtype)
-    epoch, clock = None, Clock(run.step)
+    epoch = None
     model.train()
     while run.step < cfg.max_steps:
         if epoch != run.step // n_batches:
@@ -735,7 +815,7 @@ def loop(run, task, examples, validation, tokenizer, device, dtype):
 
 class Clock:
     def __init__(self, step):
-        self.began, self.first, self.tokens, self.marked = time.time(), step, 0, (time.time(), 0)
+        self.began, self.first, self.tokens, self.marked, self.paused = time.time(), step, 0, (time.time(), 0), 0.0
 
     def speed(self):
         """Tokens per second since the last call."""
@@ -746,6 +826,11 @@ class Clock:
     def pause(self, seconds):
         """Leave out of the speed what was spent on an evaluation."""
         self.marked = self.marked[0] + seconds, self.marked[1]
+        self.paused += seconds
+
+    def trained(self):
+        """Seconds of training since the start."""
+        return max(1e-9, time.time() - self.began - self.paused)
 
     def left(self, step, max_steps):
         seconds = (time.time() - self.began) / (step - self.first) * (max_steps - step)
@@ -794,7 +879,7 @@ def describe(cfg, task, model, device, dtype, n_train, n_validation, step, prese
     print(f"{cfg.model} on {device}, {str(dtype).removeprefix('torch.')}; {cfg.method}{rank}; learning rate {cfg.learning_rate:g}"
           + (f" after {cfg.lr_warmup_steps} steps" if cfg.lr_warmup_steps else "") + f", {cfg.max_steps} steps of {cfg.batch_size}, "
           f"{cfg.max_length} tokens at most, seed {cfg.seed}" + (f"; resumed at step {step}" if step else ""))
-    print(f"what is not set comes from a preset: {preset.source}")
+    print(f"what is not set comes from a preset: {preset.source}" + (f"; init_std {cfg.init_std:g}" if cfg.method == "dual_lora" else ""))
     layers = sum(isinstance(m, AdaptedLinear) for m in model.modules())
     print(f"trainable: {adapters:,} in {layers} adapted layers + {other:,} = {100 * (adapters + other) / total:.2f} % of {total:,}", flush=True)
 
@@ -829,9 +914,7 @@ def finish(run, task, n_validation, seconds, device):
         print(", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     if not isinstance(run.model, Classifier):
         print(f"protocol: {result['protocol']}")
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    print(f"trainable parameters {adapters + other:,} ({100 * (adapters + other) / total:.2f} % of {total:,}), {seconds:.0f} seconds"
-          + (f", {peak / 2**20:,.0f} MiB of GPU memory at most" if peak else ""))
+    print(f"trainable parameters {adapters + other:,} ({100 * (adapters + other) / total:.2f} % of {total:,}), {seconds:.0f} seconds")
     means = result["report"]
     if "frozen" in means:
         print(f"dW, mean over {len(report)} layers: {100 * means['frozen']:.1f} % frozen, {100 * means['flips_since_start']:.1f} % of signs flipped, "
@@ -844,7 +927,7 @@ def finish(run, task, n_validation, seconds, device):
     if cfg.method == "dual_lora" and warmup_factor(cfg, run.step) < 1:
         print(f"the run ended inside the warm-up: dW stands at {warmup_factor(cfg, run.step):.2f} of its size, and so in the file")
     print(f"{path} holds what was trained: dual_lora.load_adapter puts it on the base model")
-    return {**result, "seconds": seconds, "peak_memory": peak}
+    return {**result, "seconds": seconds, "peak_memory": peak_memory(device)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ def epoch_batches(examples, batch_size, seed, epoch):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def move(tensor, device):
+    """To the device without waiting for it: from pinned memory a GPU fetches by itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 def collate(rows, pad, device):
     """idx, mask and token types, each (rows, longest), padded on the right; mask None when there is nothing to mask."""
     longest = max(len(ids) for ids, _ in rows)
@@ -122,7 +127,7 @@ def collate(rows, pad, device):
     position = torch.arange(longest)
     mask, types = position < lengths, ((position >= starts) & (position < lengths)).long()
     whole = all(len(ids) == longest for ids, _ in rows)
-    return idx.to(device), None if whole else mask.to(device), types.to(device)
+    return move(idx, device), None if whole else move(mask, device), move(types, device)
 
 
 def collate_left(prompts, pad, device):
@@ -130,4 +135,4 @@ def collate_left(prompts, pad, device):
     longest = max(map(len, prompts))
     idx = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts])
     mask = torch.arange(longest) >= torch.tensor([longest - len(ids) for ids in prompts])[:, None]
-    return idx.to(device), mask.to(device)
+    return move(idx, device), move(mask, device)

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dual_lora
 import train
@@ -598,3 +600,128 @@ def test_each_evaluation_logs_what_dW_is_like_layer_by_layer(toys, tmp_path):
         assert {"frozen", "effective_rank", "magnitudes", "flips_since_start"} <= set(row) and "q_proj" in name or "v_proj" in name
         flips = [line["layers"][name]["flips_since_last"] for line in logged]
         assert flips[0] == logged[0]["layers"][name]["flips_since_start"] and all(0 <= flip <= 1 for flip in flips)
+
+
+# Speed and cost
+
+
+def counted(step, layers):
+    """(operations of products forward, all, bytes kept by storage, out in r of every use of a layer) of a step that is really run."""
+    kept, products, low_rank = {}, FlopCounterMode(display=False), []
+    hooks = [m.register_forward_hook(lambda m, *_: low_rank.append(m.weight.numel() * (m.config["r1"] + m.config["r2"])))
+             for m in layers if isinstance(m, dual_lora.DualLoRALinear)]
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), products:
+        loss = step()
+        forward = products.get_total_flops()
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return forward, products.get_total_flops(), kept, sum(low_rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model, task", [("bert", "regression"), ("deberta", "pairs"), ("llama", "choice"), ("llama", "pairs")])
+@pytest.mark.parametrize("method, dropout", [("dual_lora", 0.0), ("dual_lora", 0.1), ("lora", 0.0), ("dora", 0.1), ("full", None)])
+def test_what_a_step_costs_is_known_before_it_runs_and_it_asks_for_no_tensors_value(model, task, dtype, method, dropout, toys):
+    """training_cost would fail at a question such as .item(), for which a GPU has to be waited for."""
+    spec, device = load_task(str(toys / task)), torch.device("cpu")
+    cfg = train.Config(task=str(toys / task), model=str(toys / model), method=method, dropout=dropout, targets="q_proj,up_proj", r=4, alpha=8.0,
+                       init_std=0.02, max_length=64)
+    net, tokenizer = train.build(cfg, toys / model, spec, device)
+    examples = train.encode_examples(spec, spec.train[:8], tokenizer, model == "llama", 64)
+    net.train()
+
+    def step():
+        with train.mixed_precision(device, dtype):
+            return train.training_loss(net, spec, examples, train.pad_of(tokenizer), device)[0]
+
+    before = {name: t.clone() for name, t in [*net.named_parameters(), *net.named_buffers()]}
+    cost, state = dual_lora.training_cost(net, step), torch.get_rng_state()
+    assert all(torch.equal(t, before[name]) and t.grad is None for name, t in net.named_parameters()), "counting changes nothing"
+    layers = [m for m in net.modules() if isinstance(m, dual_lora.AdaptedLinear)]
+    forward, both, kept, low_rank = counted(step, layers)
+    own = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
+    assert cost["kept_bytes"] == sum(size for storage, size in kept.items() if storage not in own)
+    assert cost["forward_flops"] == forward + 2 * low_rank and cost["backward_flops"] == both - forward + 6 * low_rank
+    if dtype == torch.float32 and model != "deberta":  # autocast casts every weight, and DeBERTa's distances pass through q_proj too
+        assert cost["passes"] == {("dual_lora", 0.0): 5, ("dual_lora", 0.1): 3, ("lora", 0.0): 0, ("dora", 0.1): 6, ("full", None): 0}[method, dropout] * len(layers)
+    assert torch.equal(state, torch.get_rng_state()) or dropout, "and draws no random numbers"
+
+
+@pytest.mark.parametrize("model, task, method", [("bert", "classification", "dual_lora"), ("llama", "choice", "dual_lora"), ("deberta", "pairs", "dual_lora"),
+                                                 ("bert", "classification", "dora"), ("llama", "pairs", "lora"), ("bert", "pairs", "full")])
+def test_compiled_steps_give_the_same_numbers_and_nothing_is_compiled_anew(model, task, method, toys, tmp_path, monkeypatch):
+    compile, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(len(graphs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
+    torch._dynamo.reset()
+    more = ["--max_steps=20", "--eval_interval=10"] + (["--warmup_steps=15"] if method == "dual_lora" else [])
+    eager = run(toys, tmp_path / "eager", model, task, method, *more)
+    fast = run(toys, tmp_path / "fast", model, task, method, *more, "--compile=true")
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (eager, fast)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 10
+    state = load_pretrained(toys / model).state_dict()
+    assert all("_orig_mod" not in name for name in torch.load(tmp_path / "fast" / "adapter.pt", weights_only=True)["state"]) and state
+    assert 1 <= len(graphs) <= 4, "one with a mask and one without, at most in two parts; not one a step, a length or a factor"
+
+
+@pytest.mark.parametrize("budget", [20, 200, 8192])
+def test_choices_that_share_a_prompt_have_the_likelihoods_of_each_alone(budget, toys):
+    model = load_pretrained(toys / "llama")
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(256, (n,), generator=draw).tolist()
+
+    rows = []
+    for n, answers in ((5, (1, 1)), (9, (3, 1, 7)), (1, (20, 2)), (40, (4,)), (9, (2, 2, 2, 2))):
+        prompt = ids(n)
+        rows += [(prompt + ids(m), n) for m in answers]
+    rows.append((rows[0][0], rows[0][1]))  # the same question again
+    alone = []
+    for row, boundary in rows:
+        logprobs = model(torch.tensor([row]))[0][0].log_softmax(-1)
+        alone.append(sum(logprobs[boundary - 1 + i, token].item() for i, token in enumerate(row[boundary:])))
+    assert train.score_answers(model, rows, 0, torch.device("cpu"), budget).tolist() == pytest.approx(alone, abs=1e-4)
+
+
+def test_rows_are_put_together_only_as_far_as_the_positions_reach(toys):
+    """A long prompt with a short answer and a short one with a long answer fit alone, and would not side by side."""
+    model = GPT(GPTConfig(258, 1, 2, 16, 32, 64)).eval()
+    rows = [([1] * 60 + [2] * 4, 60), ([1] * 50 + [2] * 6, 50), ([3] * 4 + [5] * 60, 4)]
+    scores = train.score_answers(model, rows, 0, torch.device("cpu"), 8192)
+    assert scores.tolist() == pytest.approx([train.score_answers(model, [row], 0, torch.device("cpu"), 8192).item() for row in rows], abs=1e-4)
+
+
+def test_the_speed_the_memory_and_the_share_of_the_devices_best_are_reported(toys, tmp_path, capsys):
+    assert train.main(arguments(toys, tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"a pass of \d+ tokens costs [\d.]+ GFLOP forward, [\d.]+ GFLOP backward, keeps \d+ MiB .* passes 20 times over", shown)
+    assert re.search(r"\d tokens/s, [\d.e-]+ GFLOP/s of products, \d+ % of what one large product reaches here", shown)
+    result = train.train(train.parse(arguments(toys, tmp_path)))
+    assert result["peak_memory"] is None if sys.platform != "linux" else 1e8 < result["peak_memory"] < 1e11
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_step_waits_for_the_gpu(toys, tmp_path, monkeypatch):
+    loss = train.training_loss
+
+    def strict(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return loss(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "training_loss", strict)
+    for model, task in (("bert", "classification"), ("llama", "choice"), ("deberta", "pairs")):
+        assert train.main([a for a in arguments(toys, tmp_path / model, model, task) if "device" not in a] + ["--device=cuda"]) == 0
