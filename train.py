@@ -1040,7 +1040,7 @@ def tabulate(task, rows):
             line.update(trainable=done[0]["trainable"], mean=statistics.mean(values), sd=statistics.stdev(values) if len(values) > 1 else None,
                         best=statistics.mean(run["best_value"] for run in done), examples=done[0]["examples"],
                         standard_error=standard_error(task.metric, statistics.mean(values), done[0]["examples"]),
-                        seconds=statistics.mean(seconds) if seconds else None, peak_memory=done[0]["peak_memory"], settings=done[0]["settings"])
+                        seconds=statistics.mean(seconds) if seconds else None, peak_memory=max((run["peak_memory"] or 0 for run in done), default=None), settings=done[0]["settings"])
         pairs = [(ours, theirs) for ours, theirs in zip(row["runs"], first["runs"]) if ours and theirs]
         if row is not first and pairs:
             mean, low, high, p = paired_t([ours["value"] - theirs["value"] for ours, theirs in pairs])
@@ -1064,8 +1064,8 @@ def markdown(task, table):
     error = f", standard error of one number {done['standard_error']:.4f}" if done["standard_error"] else ""
     head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} validation examples{error}; the most frequent answer scores "
             f"{done['majority']:.4f}. Differences are to {table[0]['method']}, paired by seed.")
-    lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | s |",
-             "|" + "---|" * 12]
+    lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | s | MiB |",
+             "|" + "---|" * 13]
     for line in table:
         grid = f" ({', '.join(line['grid'])})" if line["grid"] else ""
         low, high = line.get("interval", (None, None))
@@ -1074,7 +1074,8 @@ def markdown(task, table):
                  str(line["runs"]) if line["runs"] == line["of"] else f"{line['runs']} of {line['of']}", number(line.get("mean")) + spread,
                  number(line.get("best")), number(line.get("difference"), "+.4f"), f"{low:+.4f} to {high:+.4f}" if low is not None else "",
                  number(line.get("p"), ".3f"), "{:+.4f} to {:+.4f}".format(*line["bootstrap"]) if "bootstrap" in line else "",
-                 number(line.get("mcnemar"), ".3f"), number(line.get("seconds"), ".0f")]
+                 number(line.get("mcnemar"), ".3f"), number(line.get("seconds"), ".0f"),
+                 number(line["peak_memory"] / 2**20 if line.get("peak_memory") else None, ",.0f")]
         lines.append("| " + " | ".join(cells) + " |")
     return head + "\n\n" + "\n".join(lines) + "\n"
 

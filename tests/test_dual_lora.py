@@ -248,6 +248,50 @@ def test_a_step_takes_three_large_products_and_five_with_dropout(dropout, produc
     assert counter.get_total_flops() == products * 2 * 100 * 64 * 48
 
 
+def test_with_dropout_the_mask_is_kept_at_a_byte_an_entry_and_no_second_input():
+    plain, dropped = (kept(DualLoRALinear(nn.Linear(300, 200), dropout=p), torch.randn(64, 300, requires_grad=True))[0] for p in (0.0, 0.1))
+    assert dropped - plain == 64 * 300
+
+
+@pytest.mark.parametrize("dropout, products", [(0.0, 2), (0.1, 3)])
+def test_a_first_layer_computes_no_gradient_for_its_input(dropout, products):
+    layer = DualLoRALinear(nn.Linear(64, 48), dropout=dropout)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(100, 64)).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 100 * 64 * 48
+
+
+def test_frozen_adapters_compute_no_gradient_of_the_weight():
+    layer = DualLoRALinear(nn.Linear(64, 48)).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(100, 64, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 100 * 64 * 48
+
+
+@pytest.mark.parametrize("needs_weight", [False, True])
+def test_with_dropout_all_gradients_are_those_of_the_two_products(needs_weight):
+    layer = make(dropout=0.4, std=0.5).double()
+    layer.weight.requires_grad_(needs_weight), layer.bias.requires_grad_(True)
+    x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [t for t in (x, layer.weight, layer.bias, *(p for _, p in layer.adapters())) if t.requires_grad]
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    reference = F.linear(x, layer.weight, layer.bias) + F.linear(F.dropout(x, 0.4), layer.delta_weight())
+    gy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, gy), torch.autograd.grad(reference, inputs, gy)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_report_says_what_rounding_loses():
+    torch.manual_seed(0)
+    plain = nn.Linear(256, 256, bias=False)
+    nn.init.normal_(plain.weight, std=0.02)
+    narrow = DualLoRALinear(copy.deepcopy(plain).bfloat16(), alpha=0.7)  # dW of 1e-4
+    assert 0.3 < adapter_report(narrow)[""]["lost"] < 0.4
+    assert adapter_report(DualLoRALinear(plain, alpha=0.7))[""]["lost"] < 1e-3
+
+
 def test_dropout_drops_the_adapters_input_only_and_only_in_training():
     layer = make(dropout=0.5)
     x = torch.randn(2000, 32)
@@ -894,6 +938,7 @@ def test_two_copies_of_the_file_live_side_by_side():
 
 def test_magnitudes_are_counted_by_decade_and_zeros_left_out():
     dW = torch.tensor([[0.0, 5e-8, -5e-6, 2e-5], [-0.5, 7.0, 3e-2, 4e-2]])
+    assert dual_lora.decades(torch.tensor([[float("nan"), 1e-4]]))[2] == 1, "a NaN has no size"
     assert dual_lora.decades(dW) == pytest.approx([1 / 7, 1 / 7, 1 / 7, 0, 0, 2 / 7, 2 / 7])
     assert dual_lora.decades(torch.zeros(3, 3)) == [0] * 7
 
