@@ -989,7 +989,8 @@ if triton is not None:
             tl.store(dC + (block * r2 + k2[:, None]) * n_in + columns[None, :], dc, mask=(k2[:, None] < r2) & (columns[None, :] < n_in))
         tl.store(dB + (span * n_out + rows[:, None]) * r1 + k1[None, :], db, mask=(rows[:, None] < n_out) & (k1[None, :] < r1))
         tl.store(dD + (span * n_out + rows[:, None]) * r2 + k2[None, :], dd, mask=(rows[:, None] < n_out) & (k2[None, :] < r2))
-        tl.atomic_add(cut, n_cut.to(tl.int64))  # whole numbers: their order does not matter
+        if SIGN and STE != "identity":
+            tl.atomic_add(cut, n_cut)  # whole numbers: their order does not matter
 
 
 TILE = 64  # rows and columns of a tile

@@ -1,10 +1,17 @@
 """The two kernels for CUDA against the lines that they stand for; without a GPU in Triton's interpreter (see conftest.py)."""
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 
 import dual_lora
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+if torch.__version__ < "2.5" and np.__version__ >= "2":
+    pytest.skip("Triton 3.0's interpreter computes nonsense with NumPy 2", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -79,3 +86,38 @@ def test_a_layer_on_the_kernels_has_the_readable_paths_outputs_and_gradients(dro
         results.append([y, *torch.autograd.grad(y, [x, *(p for _, p in layer.adapters())], gy)])
     for ours, reference in zip(*reversed(results)):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+COMPILE = """
+import itertools, sys
+import dual_lora
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+numbers = {name: "i32" for name in ("n_out", "n_in", "r1", "r2", "weight_row", "weight_column", "B_row", "D_row")}
+factors = {name: "*fp32" for name in ("A", "B", "C", "D", "scale", "dA", "dB", "dC", "dD")}
+for kind, relu, sign, ste, rank in (("*bf16", 1, 1, "clip", 16), ("*fp32", 1, 1, "xnor", 64), ("*bf16", 0, 1, "identity", 32), (None, 1, 0, "clip", 16)):
+    what = dict(HAS_WEIGHT=kind is not None, RELU=bool(relu), SIGN=bool(sign), R1=rank, R2=16, ROWS=dual_lora.TILE, COLUMNS=dual_lora.TILE)
+    for kernel, more, options in ((dual_lora.weight_kernel, {}, {"num_warps": 8}),
+                                  (dual_lora.gradients_kernel, dict(STE=ste, PRECISION="ieee" if kind == "*fp32" else "tf32", TILES=dual_lora.TILES),
+                                   {"num_warps": 8, "num_stages": 1})):
+        types = {**numbers, **factors, "cut": "*i64", "W": kind or "*bf16", "G": kind or "*bf16", "weight": kind or "constexpr"}
+        constants = {**what, **more, **({} if kind else {"weight": None})}
+        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        compiled = compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 * 1024, "a Hopper program has 227 KiB of shared memory"
+        print(kernel.__name__, kind, compiled.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_hopper_without_one(tmp_path):
+    """All that can be known of them on a machine without a GPU, beside their numbers: that they become machine code and fit."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("an older Triton is asked in another way")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(dual_lora.__file__)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    if "ptxas" in done.stderr and "not found" in done.stderr:
+        pytest.skip("Triton came without ptxas")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 8, done.stderr[-2000:]
