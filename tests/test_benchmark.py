@@ -154,7 +154,7 @@ def test_a_model_can_be_counted_on_tensors_without_memory(capsys):
     shown = capsys.readouterr().out
     assert "counted, not run" in shown
     cells = {name: row(shown, name) for name in benchmark.METHODS}
-    assert cells["full training"][7] == cells["LoRA"][7] == "0" != cells["Dual LoRA"][7]
+    assert cells["full training"][7] == "0" != cells["Dual LoRA"][7]
     assert float(cells["Dual LoRA"][5]) < float(cells["Dual LoRA, plain autograd"][5]), "less is kept"
     with pytest.raises(SystemExit, match="--models="):
         benchmark.main(["--device=meta"])
