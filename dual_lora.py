@@ -890,8 +890,9 @@ FUSED_RANK = 64  # above, a tile of the factors no longer fits the registers
 
 
 def can_fuse(weight, A, B, C, D, dtype):
-    """Whether the kernels below can take these tensors."""
-    return (triton is not None and B.is_cuda and max(A.shape[0], C.shape[0]) <= FUSED_RANK
+    """Whether the kernels below can take these tensors. `dual_lora.triton = None` does without them."""
+    return (triton is not None and B.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(B.device) >= (8, 0)
+            and max(A.shape[0], C.shape[0]) <= FUSED_RANK
             and all(M.dtype == torch.float32 and M.is_contiguous() for M in (A, C))
             and all(t in (torch.float32, torch.bfloat16, torch.float16) for t in (dtype, dtype if weight is None else weight.dtype)))
 

@@ -683,7 +683,10 @@ def protocol(cfg, model):
 
 
 def estimate(cfg, task, model, examples, pad, device, dtype):
-    """Print what the first step will cost, counted before it runs; returns training_cost's dict with the step's "tokens"."""
+    """Print what the first step will cost, counted before it runs; returns training_cost's dict with the step's "tokens", or None.
+
+    A courtesy: where this torch cannot trace the step, as an older one may not on some device, the run goes on and says so.
+    """
     batch = [examples[i] for i in epoch_batches(examples, cfg.batch_size, cfg.seed, 0)[0]]
     size, n = cfg.micro_batch_size or len(batch), 0
 
@@ -694,7 +697,11 @@ def estimate(cfg, task, model, examples, pad, device, dtype):
         return loss
 
     model.train()
-    cost = {**training_cost(model, step), "tokens": n}
+    try:
+        cost = {**training_cost(model, step), "tokens": n}
+    except RuntimeError as error:
+        print(f"what a step costs could not be counted here: {' '.join(str(error).split())[:200]}", flush=True)
+        return None
     print(f"a pass of {n:,} tokens costs {flops(cost['forward_flops'])} forward, {flops(cost['backward_flops'])} backward, keeps "
           f"{cost['kept_bytes'] / 2**20:,.0f} MiB in between, and passes {cost['passes']:,} times over a matrix of adapted weights' size "
           f"({cost['pass_bytes'] / 2**20:,.0f} MiB); weights {cost['weight_bytes'] / 2**20:,.0f} MiB, gradients and AdamW's moments "
@@ -711,9 +718,11 @@ def measured(cost, clock, device, dtype):
     seconds, peak = clock.trained(), peak_memory(device)
     if not clock.tokens:
         return "no step was run"
-    reached = (cost["forward_flops"] + cost["backward_flops"]) / cost["tokens"] * clock.tokens / seconds
-    return (f"{clock.tokens / seconds:,.0f} tokens/s, {flops(reached, '/s')} of products, {100 * reached / product_rate(device, dtype):.0f} % of what one large "
-            f"product reaches here" + (f"; {peak / 2**20:,.0f} MiB of {'GPU memory' if device.type == 'cuda' else 'memory'} at most" if peak else ""))
+    text = f"{clock.tokens / seconds:,.0f} tokens/s"
+    if cost:
+        reached = (cost["forward_flops"] + cost["backward_flops"]) / cost["tokens"] * clock.tokens / seconds
+        text += f", {flops(reached, '/s')} of products, {100 * reached / product_rate(device, dtype):.0f} % of what one large product reaches here"
+    return text + (f"; {peak / 2**20:,.0f} MiB of {'GPU memory' if device.type == 'cuda' else 'memory'} at most" if peak else "")
 
 
 def product_rate(device, dtype):

@@ -114,8 +114,10 @@ def epoch_batches(examples, batch_size, seed, epoch):
 
 
 def move(tensor, device):
-    """To the device without waiting for it: from pinned memory a GPU fetches by itself."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    """To the device without waiting for it: from pinned memory a GPU fetches by itself. (A traced tensor has no memory to pin.)"""
+    if torch.device(device).type == "cuda" and type(tensor) is torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(rows, pad, device):

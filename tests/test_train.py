@@ -711,6 +711,19 @@ def test_the_speed_the_memory_and_the_share_of_the_devices_best_are_reported(toy
     assert result["peak_memory"] is None if sys.platform != "linux" else 1e8 < result["peak_memory"] < 1e11
 
 
+def test_a_step_that_cannot_be_counted_is_run_all_the_same(toys, tmp_path, capsys, monkeypatch):
+    loss = train.training_loss
+
+    def asks(*args):
+        total, *rest = loss(*args)
+        return (total, *rest) if total.item() > 0 else None
+
+    monkeypatch.setattr(train, "training_loss", asks)
+    assert train.main(arguments(toys, tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "could not be counted here" in shown and re.search(r"\n[\d,]+ tokens/s; [\d,]+ MiB of memory at most", shown)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_no_step_waits_for_the_gpu(toys, tmp_path, monkeypatch):
     loss = train.training_loss
