@@ -357,19 +357,27 @@ def answer_logprobs(model, idx, rows):
 
 def training_loss(model, task, batch, pad, device):
     """(sum of the loss, number right, both tensors; number of targets, number of tokens) of a batch of examples."""
+    return *batch_loss(model, task, batch, pad, device), targets_in(model, batch), sum(len(ids) for ids, _ in rows_in(model, batch))
+
+
+def batch_loss(model, task, batch, pad, device):
+    """(sum of the loss, number right), both tensors. Nothing in here waits for the device."""
+    rows = rows_in(model, batch)
     if not isinstance(model, Classifier):
-        rows = [example.rows[example.label] for example in batch]
         logprobs, right = answer_logprobs(model, collate(rows, pad, device)[0], rows)
-        return -logprobs.sum(), right.sum(), targets_in(model, batch), sum(len(ids) for ids, _ in rows)
-    rows = [row for example in batch for row in example.rows]
-    n_tokens = sum(len(ids) for ids, _ in rows)
+        return -logprobs.sum(), right.sum()
     logits = model(*collate(rows, pad, device)).float()
     if task.kind == "multiple_choice":
         logits = by_choice(logits[:, 0], batch)
     labels = move(torch.tensor([example.label for example in batch]), device)
     if task.n_classes == 1:
-        return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), labels.new_zeros(()), len(batch), n_tokens
-    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), len(batch), n_tokens
+        return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), labels.new_zeros(())
+    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+
+
+def rows_in(model, batch):
+    """What of a batch is learnt from: a GPT on multiple choice continues with the right answer, a head sees all choices."""
+    return [row for example in batch for row in (example.rows if isinstance(model, Classifier) else [example.rows[example.label]])]
 
 
 def targets_in(model, batch):
@@ -688,13 +696,12 @@ def estimate(cfg, task, model, examples, pad, device, dtype):
     A courtesy: where this torch cannot trace the step, as an older one may not on some device, the run goes on and says so.
     """
     batch = [examples[i] for i in epoch_batches(examples, cfg.batch_size, cfg.seed, 0)[0]]
-    size, n = cfg.micro_batch_size or len(batch), 0
+    batch = batch[:cfg.micro_batch_size or len(batch)]
+    n = sum(len(ids) for ids, _ in rows_in(model, batch))
 
     def step():
-        nonlocal n
         with mixed_precision(device, dtype):
-            loss, _, _, n = training_loss(model, task, batch[:size], pad, device)
-        return loss
+            return batch_loss(model, task, batch, pad, device)[0]
 
     model.train()
     try:
