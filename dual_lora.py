@@ -881,7 +881,7 @@ class DoRALinear(LoRALinear):
 # On CUDA: put_weight and put_weight_and_gradients, each as one kernel. Nothing here that was not said above.
 #
 # A GPU's cache is no help to the block-by-block loop above: each of its elementwise lines reads and writes all of (out, in), some
-# 16 passes in float32 forward and 30 backward. These kernels build a tile of BA and DC in registers, from the few numbers of A, B, C
+# 16 passes in float32 forward and 51 backward. These kernels build a tile of BA and DC in registers, from the few numbers of A, B, C
 # and D that it needs, so that what passes through memory is W0 in and W out, and in the backward pass G in as well: five passes in the
 # weight's own dtype. BA and DC are float32 products ("ieee") here too. The four small gradients sum over tiles; each program adds up
 # its own and torch adds the programs', in one order, so that a run repeats to the bit.
