@@ -674,6 +674,17 @@ def test_compiled_steps_give_the_same_numbers_and_nothing_is_compiled_anew(model
     assert 1 <= len(graphs) <= 4, "one with a mask and one without, at most in two parts; not one a step, a length or a factor"
 
 
+@pytest.mark.slow
+def test_steps_compiled_for_real_give_the_same_numbers(toys, tmp_path):
+    torch._dynamo.reset()
+    losses = []
+    for more in ([], ["--compile=true"]):
+        lines = run(toys, tmp_path / f"out{len(more)}", "bert", "classification", "dual_lora", "--max_steps=20", "--eval_interval=10", "--warmup_steps=15", *more)
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 @pytest.mark.parametrize("budget", [20, 200, 8192])
 def test_choices_that_share_a_prompt_have_the_likelihoods_of_each_alone(budget, toys):
     model = load_pretrained(toys / "llama")
