@@ -608,7 +608,7 @@ class Run:
 
 
 def train(cfg, task=None):
-    """One run, as Config says; returns the final line of metrics.jsonl as a dict, plus seconds and peak_memory (bytes, CUDA), and
+    """One run, as Config says; returns the final line of metrics.jsonl as a dict, plus seconds and peak_memory (bytes or None), and
     predictions and labels, one a validation example. `task` stands in for the one that cfg names."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
