@@ -10,6 +10,7 @@ model. Differences are to one product, paired by seed.
 """
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -46,12 +47,13 @@ WAYS = {"float32": ("float32", DualLoRALinear), "one product": ("bfloat16", Dual
 
 def run(cfg, dtype, layer, out_dir):
     """(final value, {step: share lost}) of a run."""
-    used, train.DualLoRALinear = train.DualLoRALinear, layer
+    apply = train.apply_adapters
+    train.apply_adapters = functools.partial(apply, layer=layer)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             result = train.train(dataclasses.replace(cfg, dtype=dtype, weights=dtype, out_dir=out_dir))
     finally:
-        train.DualLoRALinear = used
+        train.apply_adapters = apply
     reports = {}
     for line in map(json.loads, (Path(out_dir) / "metrics.jsonl").read_text().splitlines()):
         if line.get("layers"):
