@@ -677,6 +677,7 @@ def test_compiled_steps_give_the_same_numbers_and_nothing_is_compiled_anew(model
 @pytest.mark.slow
 def test_steps_compiled_for_real_give_the_same_numbers(toys, tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     losses = []
     for more in ([], ["--compile=true"]):
         lines = run(toys, tmp_path / f"out{len(more)}", "bert", "classification", "dual_lora", "--max_steps=20", "--eval_interval=10", "--warmup_steps=15", *more)
