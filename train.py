@@ -14,8 +14,9 @@ under the instruct protocols by what it writes. out_dir receives metrics.jsonl (
 (for dual_lora.load_adapter) and checkpoint.pt (for --resume=true).
 
 --methods compares: for each method the learning rate is chosen from --grid on a tenth of the training data that is held out, then
-all train with the same seeds, batches and steps. "dual_lora:magnitude=none:r=16" is a method with options of its own. Runs that
-are there already are not run again, so that an interrupted comparison goes on.
+all train with the same seeds, batches and steps. "dual_lora:magnitude=none:r=16" is a method with options of its own, and
+--task=sst2,cola:max_steps=1000 are two tasks, the second with one; over several tasks a method's learning rate is the one with the
+best mean. Runs that are there already are not run again, so that an interrupted comparison goes on.
 """
 import contextlib
 import dataclasses
@@ -39,7 +40,7 @@ from data import instruct
 from data.batches import collate, collate_left, encode_examples, epoch_batches, move
 from data.download import model_folder
 from data.glue import GLUE
-from data.metrics import METRICS, mcnemar, paired_bootstrap, paired_t, score, standard_error
+from data.metrics import METRICS, bootstrap_differences, interval, mcnemar, paired_t, score, seeds_needed, standard_error
 from data.tasks import MIX, load_task, majority_score
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DoRALinear, DualLoRALinear, LoRALinear, adapter_report, apply_adapters, save_adapter,
@@ -103,13 +104,13 @@ def option(default, help):
 
 @dataclass
 class Config:
-    task: str = option("sarcasm", "a task's name, or a folder with train.jsonl and validation.jsonl")
+    task: str = option("sarcasm", "a task's name, or a folder with train.jsonl and validation.jsonl; with --methods also several, separated by commas")
     data_dir: Optional[str] = option(None, "folder with GLUE's files or LLM-Adapters' clone, instead of fetching; see README")
     model: Optional[str] = option(None, "minilm, smollm2, a Hub name, or a folder with config.json; default: minilm, for multiple choice smollm2")
     method: str = option("dual_lora", "what is trained: " + ", ".join(METHODS))
-    methods: Optional[str] = option(None, "compare these instead, separated by commas; each may bring options, as lora:r=16; so may tasks")
+    methods: Optional[str] = option(None, "compare these instead, separated by commas; each may bring options, as lora:r=16")
     seeds: Optional[int] = option(None, "with --methods: how many seeds each; default 5")
-    grid: Optional[str] = option(None, "with --methods: learning rates to choose from; default 3e-4,1e-3,3e-3,1e-2")
+    grid: Optional[str] = option(None, "with --methods: learning rates to choose from, x2 for twice the preset's; default x0.5,x1,x2")
     protocol: str = option("likelihood", "multiple choice by a GPT: likelihood of each choice, instruct (writes its answer), llm_adapters (theirs)")
     train_on_prompt: bool = option(False, "under the instruct protocols: learn the prompt too, as LLM-Adapters does, not the response alone")
     metric: Optional[str] = option(None, "the main one: " + ", ".join(METRICS) + "; default the task's")
@@ -229,7 +230,7 @@ def check(cfg):
         if cfg.method != "dual_lora" or cfg.eval_only:
             raise ValueError("--method and --eval_only do nothing with --methods, which names the methods to train")
         arms(cfg)
-        rates_of(cfg)
+        candidates(cfg)
     if cfg.max_steps and cfg.epochs:
         raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs:g}: give one of them")
     if cfg.weights != "float32" and cfg.method == "full":
@@ -273,6 +274,16 @@ def find_preset(model_type, task):
     """The closest row of PRESETS for config.json's model_type and a task."""
     group = "glue" if task.name in GLUE else "mix" if task.name == MIX else "any"
     return next(PRESETS[family, g] for g in (group, "any") for family in FAMILY[model_type] if (family, g) in PRESETS)
+
+
+def with_model(cfg, task):
+    return dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
+
+
+def preset_for(cfg, task):
+    """(Preset, folder of the model)."""
+    folder = model_folder(cfg.model)
+    return find_preset(read_config(os.path.join(folder, "config.json"))[2], task), folder
 
 
 def complete(cfg, preset, task):
@@ -613,9 +624,8 @@ def train(cfg, task=None):
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     task = task or named_task(cfg)
-    cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
-    folder = model_folder(cfg.model)
-    preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
+    cfg = with_model(cfg, task)
+    preset, folder = preset_for(cfg, task)
     cfg = complete(cfg, preset, task)
     model, tokenizer = build(cfg, folder, task, device)
     is_gpt = isinstance(getattr(model, "backbone", model), GPT)
@@ -950,55 +960,96 @@ def finish(run, task, n_validation, seconds, device):
 # Several methods side by side
 
 
+def with_options(text, where, fixed):
+    """(name, {option: value}) of "name:option=value:..."; ValueError for what is no option, or one of `fixed`."""
+    name, *options = text.strip().split(":")
+    values, known = {}, [f.name for f in dataclasses.fields(Config) if f.name not in fixed]
+    for item in options:
+        option, _, value = item.partition("=")
+        if option not in known:
+            raise ValueError(f"--{where}: {item!r} is no option of a {where.partition('=')[0].removesuffix('s')}")
+        values[option] = convert(option, value, kind_of_option(option))
+    return name, values
+
+
+OF_THE_WHOLE = ("task", "data_dir", "method", "methods", "seeds", "grid", "out_dir", "resume", "seed")
+
+
 def arms(cfg):
-    """[(name, options)] of --methods; ValueError for what is no method, or an option that is none or does nothing there."""
+    """[(name, Config)] of --methods; ValueError for what is no method, or an option that is none or does nothing there."""
     chosen = []
     for spec in cfg.methods.split(","):
-        method, *options = spec.strip().split(":")
+        method, values = with_options(spec, f"methods={cfg.methods}", ("model", *OF_THE_WHOLE))
         own = dataclasses.asdict(cfg)
         idle = (DUAL_ONLY if method != "dual_lora" else ()) + (ADAPTER_ONLY if method in ("full", "head") else ())
         own.update({f.name: f.default for f in dataclasses.fields(Config) if f.name in idle}, method=method, methods=None, seeds=None, grid=None)
-        for item in options:
-            name, _, text = item.partition("=")
-            if name not in own or name in ("task", "model", "methods", "seeds", "grid", "out_dir", "resume", "seed"):
-                raise ValueError(f"--methods={cfg.methods}: {item!r} is no option of a method")
-            own[name] = convert(name, text, kind_of_option(name))
-        check(Config(**own))
+        check(Config(**{**own, **values}))
         if spec.strip() in [name for name, _ in chosen]:
             raise ValueError(f"--methods={cfg.methods}: {spec.strip()} is there twice")
-        chosen.append((spec.strip(), Config(**own)))
+        chosen.append((spec.strip(), Config(**{**own, **values})))
     return chosen
 
 
-def rates_of(cfg):
-    """The learning rates of --grid, in order; one, if --learning_rate is given."""
-    if cfg.learning_rate:
-        return [cfg.learning_rate]
-    grid = [convert("grid", text, float) for text in (cfg.grid or "3e-4,1e-3,3e-3,1e-2").split(",")]
-    if min(grid) <= 0:
-        raise ValueError(f"--grid={cfg.grid}: learning rates should be above 0")
-    return sorted(set(grid))
+def tasks_of(cfg):
+    """[(Task, its options)] of --task, all read, so that a wrong name shows before hours are spent."""
+    specs = [(cfg.task, {})] if os.path.isdir(cfg.task) else [
+        with_options(text, f"task={cfg.task}", ("learning_rate", *OF_THE_WHOLE)) for text in cfg.task.split(",")]
+    needed = [name in (*GLUE, MIX) for name, _ in specs]  # --data_dir is for these, and an error where there is none of them
+    chosen = []
+    for (name, options), uses in zip(specs, needed):
+        options = {**options, "task": name, "data_dir": cfg.data_dir if uses or not any(needed) else None}
+        chosen.append((named_task(dataclasses.replace(cfg, **options)), options))
+    return chosen
+
+
+def candidates(cfg):
+    """The learning rates of --grid as texts, "5e-3" or "x2" for twice the preset's; one, if --learning_rate is given."""
+    grid = [f"{cfg.learning_rate!r}"] if cfg.learning_rate else (cfg.grid or "x0.5,x1,x2").split(",")
+    for text in grid:
+        try:
+            good = 0 < float(text.removeprefix("x")) < math.inf
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"--grid={cfg.grid}: {text!r} is no learning rate above 0, nor a factor like x2 on the preset's")
+    return list(dict.fromkeys(grid))
+
+
+def resolve(text, own, task):
+    """The number that one of candidates() stands for."""
+    if not text.startswith("x"):
+        return float(text)
+    return float(text[1:]) * preset_for(with_model(own, task), task)[0].learning_rate[own.method]
 
 
 def compare(cfg):
-    """Every method of --methods on every task of --task, seed by seed; prints and saves a table a task, and returns them."""
-    names = [cfg.task] if os.path.isdir(cfg.task) else cfg.task.split(",")
-    tasks = [named_task(dataclasses.replace(cfg, task=name)) for name in names]  # all, so that a wrong name shows before hours are spent
-    folder, tables = Path(cfg.out_dir), {}
+    """Every method of --methods on every task of --task, seed by seed. Prints and saves a table a task, and of several tasks one with
+    their means; returns {task: its table, "mean": that one}."""
+    folder, tables, seeds = Path(cfg.out_dir), {}, cfg.seeds or 5
+    tasks, methods = tasks_of(cfg), arms(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, task in zip(names, tasks):
-        rows = []
-        for arm, own in arms(cfg):
-            own = dataclasses.replace(own, task=name)
-            rate, scores = choose_rate(own, arm, task, rates_of(own if own.learning_rate else cfg), folder)
-            runs = [attempt(dataclasses.replace(own, learning_rate=rate, seed=cfg.seed + i), arm, task, folder) for i in range(cfg.seeds or 5)]
-            rows.append({"method": arm, "learning_rate": rate, "grid": scores, "runs": runs})
-            tables[task.name] = tabulate(task, rows)
+    rows = {task.name: [] for task, _ in tasks}
+    chosen = {arm: choose_rate([(dataclasses.replace(own, **options), task) for task, options in tasks], arm,
+                               candidates(own if own.learning_rate else cfg), folder) for arm, own in methods}
+    for task, options in tasks:
+        for arm, own in methods:
+            rates, scores = chosen[arm]
+            own = dataclasses.replace(own, learning_rate=rates[task.name], **options)
+            runs = [attempt(dataclasses.replace(own, seed=cfg.seed + i), arm, task, folder) for i in range(seeds)]
+            rows[task.name].append({"method": arm, "learning_rate": own.learning_rate, "grid": scores.get(task.name, {}), "runs": runs})
+            tables[task.name] = tabulate(task, rows[task.name])
             (folder / "compare.json").write_text(json.dumps(tables, indent=1))
-        text = markdown(task, tables[task.name])
-        print(f"\n{text}", flush=True)
-        (folder / f"compare-{task.name}.md").write_text(text, encoding="utf-8")
+        show(markdown(task, tables[task.name]), folder / f"compare-{task.name}.md")
+    if len(tasks) > 1:
+        tables["mean"] = tabulate_means(tasks, rows)
+        (folder / "compare.json").write_text(json.dumps(tables, indent=1))
+        show(markdown_means(tasks, tables), folder / "compare.md")
     return tables
+
+
+def show(text, path):
+    print(f"\n{text}", flush=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def hold_out(task):
@@ -1008,16 +1059,22 @@ def hold_out(task):
     return dataclasses.replace(task, train=[task.train[i] for i in order[n:]], validation=[task.train[i] for i in order[:n]])
 
 
-def choose_rate(own, arm, task, grid, folder):
-    """(the best learning rate of the grid, {rate: score}) on held-out training data; no run of its own if there is but one."""
+def choose_rate(each, arm, grid, folder):
+    """({task: learning rate}, {task: {learning rate: score}}) for one method, `each` [(its Config for a task, the task)]: the candidate
+    of `grid` with the best mean over the tasks on held-out training data. A single candidate needs no run."""
+    rates = {text: {task.name: resolve(text, own, task) for own, task in each} for text in grid}
     if len(grid) == 1:
-        return grid[0], {}
-    seed = own.seed + 1000  # none that is reported
-    runs = {rate: attempt(dataclasses.replace(own, learning_rate=rate, seed=seed), arm, hold_out(task), folder, held_out=True) for rate in grid}
-    scores = {rate: run["value"] for rate, run in runs.items() if run}
-    if not scores:
-        raise ValueError(f"{arm} on {task.name}: no learning rate of {', '.join(f'{rate:g}' for rate in grid)} came to an end; see {folder}")
-    return max(scores, key=scores.get), {f"{rate:g}": value for rate, value in scores.items()}
+        return rates[grid[0]], {}
+    values = {}
+    for text in grid:
+        runs = [attempt(dataclasses.replace(own, learning_rate=rates[text][task.name], seed=own.seed + 1000),  # a seed that is not reported
+                        arm, hold_out(task), folder, held_out=True) for own, task in each]
+        if all(runs):
+            values[text] = {task.name: run["value"] for (_, task), run in zip(each, runs)}
+    if not values:
+        raise ValueError(f"{arm}: no learning rate of {', '.join(grid)} came to an end on every task; see {folder}")
+    best = max(values, key=lambda text: sum(values[text].values()))
+    return rates[best], {task.name: {f"{rates[text][task.name]:g}": values[text][task.name] for text in values} for _, task in each}
 
 
 def attempt(cfg, arm, task, folder, held_out=False):
@@ -1039,6 +1096,7 @@ def attempt(cfg, arm, task, folder, held_out=False):
     result["seconds"] = None if resumed else result["seconds"]  # of an interrupted run only the last part is known
     (place / "result.tmp").write_text(json.dumps(result))
     (place / "result.tmp").rename(place / "result.json")
+    (place / "checkpoint.pt").unlink(missing_ok=True)  # full fine-tuning's is three times the model
     print(f"{label}: {result['metric']} {result['value']:.4f}", flush=True)
     return result
 
@@ -1059,41 +1117,104 @@ def tabulate(task, rows):
                         seconds=statistics.mean(seconds) if seconds else None, peak_memory=max((run["peak_memory"] or 0 for run in done), default=None), settings=done[0]["settings"])
         pairs = [(ours, theirs) for ours, theirs in zip(row["runs"], first["runs"]) if ours and theirs]
         if row is not first and pairs:
-            mean, low, high, p = paired_t([ours["value"] - theirs["value"] for ours, theirs in pairs])
-            line.update(difference=mean, interval=[low, high], p=p)
-            if not any("set" in example for example in task.validation):  # there the metric is a mean of parts
-                a, b, labels = [run["predictions"] for run, _ in pairs], [run["predictions"] for _, run in pairs], pairs[0][0]["labels"]
-                line.update(bootstrap=paired_bootstrap(task.metric, a, b, labels))
+            line.update(over_seeds([ours["value"] - theirs["value"] for ours, theirs in pairs]))
+            if not in_parts(task):
+                a, b, labels = predictions_of(pairs)
+                line.update(bootstrap=interval(bootstrap_differences(task.metric, a, b, labels)))
                 line.update(mcnemar=mcnemar(a, b, labels) if task.n_classes > 1 else None)
+        table.append(line)
+    return table
+
+
+def in_parts(task):
+    """Whether the metric is a mean over parts of the validation data."""
+    return any("set" in example for example in task.validation)
+
+
+def predictions_of(pairs):
+    """(predictions of the ones, of the others, each (seeds, n); labels (n,)) of pairs of runs."""
+    return [run["predictions"] for run, _ in pairs], [run["predictions"] for _, run in pairs], pairs[0][0]["labels"]
+
+
+def over_seeds(differences):
+    """How two methods differ, from one difference a seed."""
+    mean, low, high, p = paired_t(differences)
+    return {"difference": mean, "interval": [low, high], "p": p, "seeds_needed": seeds_needed(differences)}
+
+
+def tabulate_means(tasks, rows):
+    """A dict a method: its mean over the tasks, seed by seed, and how it differs from the first method's."""
+    table, names = [], [task.name for task, _ in tasks]
+    for i, first in enumerate(rows[names[0]]):
+        ours, theirs = [[rows[name][j]["runs"] for name in names] for j in (i, 0)]
+        values = {seed: statistics.mean(run["value"] for run in runs) for seed, runs in enumerate(zip(*ours)) if all(runs)}
+        others = {seed: statistics.mean(run["value"] for run in runs) for seed, runs in enumerate(zip(*theirs)) if all(runs)}
+        line = {"method": first["method"], "runs": len(values), "of": len(first["runs"]), "values": list(values.values())}
+        if values:
+            line.update(mean=statistics.mean(values.values()), sd=statistics.stdev(values.values()) if len(values) > 1 else None)
+        both = [seed for seed in values if seed in others]
+        if i and both:
+            line.update(over_seeds([values[seed] - others[seed] for seed in both]))
+            if not any(in_parts(task) for task, _ in tasks):  # the examples of each task are drawn anew on their own
+                line.update(bootstrap=interval(sum(
+                    bootstrap_differences(task.metric, *predictions_of([(a[seed], b[seed]) for seed in both]), seed=k)
+                    for k, ((task, _), a, b) in enumerate(zip(tasks, ours, theirs))) / len(tasks)))
         table.append(line)
     return table
 
 
 def markdown(task, table):
     """The table for people."""
-    def number(value, form=".4f"):
-        return "" if value is None else format(value, form)
-
     done = next((line for line in table if line["runs"]), None)
     if done is None:
         return f"{task.name}: no run came to an end"
     error = f", standard error of one number {done['standard_error']:.4f}" if done["standard_error"] else ""
     head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} validation examples{error}; the most frequent answer scores "
             f"{done['majority']:.4f}. Differences are to {table[0]['method']}, paired by seed.")
-    lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | s | MiB |",
-             "|" + "---|" * 13]
+    lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | seeds for 0.5 points | s | MiB |",
+             "|" + "---|" * 14]
     for line in table:
         grid = f" ({', '.join(line['grid'])})" if line["grid"] else ""
-        low, high = line.get("interval", (None, None))
-        spread = f" ± {line['sd']:.4f}" if line.get("sd") is not None else ""
-        cells = [line["method"], number(line.get("trainable"), ","), f"{line['learning_rate']:g}{grid}",
-                 str(line["runs"]) if line["runs"] == line["of"] else f"{line['runs']} of {line['of']}", number(line.get("mean")) + spread,
-                 number(line.get("best")), number(line.get("difference"), "+.4f"), f"{low:+.4f} to {high:+.4f}" if low is not None else "",
-                 number(line.get("p"), ".3f"), "{:+.4f} to {:+.4f}".format(*line["bootstrap"]) if "bootstrap" in line else "",
-                 number(line.get("mcnemar"), ".3f"), number(line.get("seconds"), ".0f"),
+        cells = [line["method"], number(line.get("trainable"), ","), f"{line['learning_rate']:g}{grid}", finished(line), spread(line),
+                 number(line.get("best")), number(line.get("difference"), "+.4f"), reach(line.get("interval")), number(line.get("p"), ".3f"),
+                 reach(line.get("bootstrap")), number(line.get("mcnemar"), ".3f"), number(line.get("seeds_needed"), ",d"), number(line.get("seconds"), ".0f"),
                  number(line["peak_memory"] / 2**20 if line.get("peak_memory") else None, ",.0f")]
         lines.append("| " + " | ".join(cells) + " |")
     return head + "\n\n" + "\n".join(lines) + "\n"
+
+
+def markdown_means(tasks, tables):
+    """One table of all tasks for people."""
+    names = [task.name for task, _ in tasks]
+    head = (f"Mean over {', '.join(names)}, at the last step. Differences are to {tables['mean'][0]['method']}, paired by seed; each task's "
+            f"column has its metric's mean over seeds ± standard deviation.")
+    columns = ["method", *(f"{task.name}, {task.metric}" for task, _ in tasks), "seeds", "mean", "difference", "95 % over seeds", "p",
+               "95 % over examples", "seeds for 0.5 points"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for i, line in enumerate(tables["mean"]):
+        cells = [line["method"], *(spread(tables[name][i]) for name in names), finished(line), spread(line), number(line.get("difference"), "+.4f"),
+                 reach(line.get("interval")), number(line.get("p"), ".3f"), reach(line.get("bootstrap")), number(line.get("seeds_needed"), ",d")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return head + "\n\n" + "\n".join(lines) + "\n"
+
+
+# Cells: empty where there is no such number.
+
+
+def number(value, form=".4f"):
+    return "" if value is None else format(value, form)
+
+
+def spread(line):
+    return number(line.get("mean")) + (f" ± {line['sd']:.4f}" if line.get("sd") is not None else "")
+
+
+def reach(interval):
+    return "" if interval is None or None in interval else "{:+.4f} to {:+.4f}".format(*interval)
+
+
+def finished(line):
+    return str(line["runs"]) if line["runs"] == line["of"] else f"{line['runs']} of {line['of']}"
 
 
 def main(arguments):

@@ -107,18 +107,69 @@ def test_every_kind_of_task_can_be_compared(task, toys, tmp_path):
     assert line["runs"] == 3 and ("bootstrap" in line) == (task != "instruct") and (line.get("mcnemar") is None) == (task != "choice")
 
 
-def test_several_tasks_give_a_table_each(toys, tmp_path, monkeypatch):
+def test_several_tasks_give_a_table_each_and_one_of_their_means(toys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(toys)
-    args = [a for a in arguments(toys, tmp_path, "lora", "--learning_rate=0.01", "--seeds=1") if "--task" not in a]
+    args = [a for a in arguments(toys, tmp_path, "lora,full", "--learning_rate=0.01") if "--task" not in a]
+    assert train.main([*args, "--task=classification,pairs:max_steps=3"]) == 0
+    tables = json.loads((tmp_path / "compare.json").read_text())
+    assert set(tables) == {"classification", "pairs", "mean"}
+    assert [tables[name][0]["settings"]["max_steps"] for name in ("classification", "pairs")] == [8, 3]
+    for i, line in enumerate(tables["mean"]):
+        assert line["values"] == pytest.approx([(a + b) / 2 for a, b in zip(tables["classification"][i]["values"], tables["pairs"][i]["values"])])
+    lora, full = tables["mean"]
+    mean, low, high, p = paired_t([a - b for a, b in zip(full["values"], lora["values"])])
+    assert (full["difference"], full["interval"], full["p"]) == (mean, [low, high], p) and "difference" not in lora
+    assert full["bootstrap"][0] <= mean <= full["bootstrap"][1] and full["bootstrap"][0] < full["bootstrap"][1]
+    text = (tmp_path / "compare.md").read_text()
+    assert text in capsys.readouterr().out and "pairs, accuracy" in text and f"{full['mean']:.4f} ± {full['sd']:.4f}" in text
+
+
+def test_over_several_tasks_a_method_has_the_rate_with_the_best_mean(toys, tmp_path, monkeypatch):
+    """On one task alone another rate is better; factors are on each method's own preset."""
+    scores = {("classification", 0.0025): 0.8, ("classification", 0.005): 0.7, ("pairs", 0.0025): 0.5, ("pairs", 0.005): 0.7}
+    seen = []
+
+    def instead(cfg, arm, task, folder, held_out=False):
+        seen.append((task.name, cfg.learning_rate, held_out))
+        assert len(task.train) == len(load_task(cfg.task).train) - 6 * held_out
+        return {"value": scores.get((task.name, cfg.learning_rate), 0.1), "best_value": 0, "examples": 1, "trainable": 1, "seconds": 1, "peak_memory": 1,
+                "settings": {}, "predictions": [0], "labels": [0]}
+
+    monkeypatch.chdir(toys)
+    monkeypatch.setattr(train, "attempt", instead)
+    args = [a for a in arguments(toys, tmp_path, "lora,full", "--seeds=1") if "--task" not in a and "--grid" not in a]
     assert train.main([*args, "--task=classification,pairs"]) == 0
     tables = json.loads((tmp_path / "compare.json").read_text())
-    assert set(tables) == {"classification", "pairs"} and tables["pairs"][0]["sd"] is None
+    lora, full = tables["classification"]
+    preset = train.PRESETS["encoder", "any"].learning_rate
+    assert preset["lora"] == 0.005, "the scores above are for this"
+    assert lora["grid"] == {"0.0025": 0.8, "0.005": 0.7, "0.01": 0.1} and lora["learning_rate"] == tables["pairs"][0]["learning_rate"] == 0.005
+    assert list(full["grid"]) == [f"{preset['full'] * factor:g}" for factor in (0.5, 1, 2)]
+    assert [held_out for *_, held_out in seen] == [True] * 12 + [False] * 4
+    seen.clear()
+    assert train.main([*args, "--task=classification,pairs", "--grid=x1"]) == 0
+    assert seen == [(task, preset[method], False) for task in ("classification", "pairs") for method in ("lora", "full")], "a single rate needs no choice"
+
+
+def test_data_dir_is_for_the_tasks_that_read_it(toys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "load_task", lambda name, data_dir: seen.append((name, data_dir)) or load_task(str(toys / "classification")))
+    for tasks in ("sst2,sarcasm", "sarcasm"):
+        train.tasks_of(train.parse([f"--task={tasks}", "--methods=lora", "--data_dir=here"]))
+    assert seen == [("sst2", "here"), ("sarcasm", None), ("sarcasm", "here")], "where none reads it, load_task says so"
+
+
+@pytest.mark.parametrize("task", ["sst2:seed=1", "sst2:learning_rate=1", "sst2:depth=2"])
+def test_an_option_that_no_task_can_have_is_one_line(task, toys, tmp_path, capsys):
+    args = [a for a in arguments(toys, tmp_path / "out", "lora") if "--task" not in a]
+    assert train.main([*args, f"--task={task}"]) == 1
+    assert f"--task={task}: '{task.partition(':')[2]}' is no option of a task" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("methods, more, words", [
     ("lora,qlora", (), "--method=qlora: choose from"), ("lora:depth=3", (), "'depth=3' is no option of a method"), ("lora:r1=4", (), "--r1=4 does nothing with --method=lora"),
     ("lora:seed=3", (), "no option of a method"), ("lora,lora", (), "lora is there twice"), ("lora:r=x", (), "--r=x: it should be a whole number"),
-    ("lora", ("--grid=1e-3,x",), "--grid=x"), ("lora", ("--grid=0",), "above 0"), ("lora", ("--seeds=0",), "at least 1"), ("lora", ("--method=dora",), "--methods")])
+    ("lora", ("--grid=1e-3,x",), "--grid=1e-3,x: 'x' is no learning rate"), ("lora", ("--grid=x0",), "'x0' is no learning rate above 0"), ("lora", ("--grid=inf",), "'inf'"), ("lora", ("--seeds=0",), "at least 1"), ("lora", ("--method=dora",), "--methods")])
 def test_what_cannot_be_compared_is_one_line(methods, more, words, toys, tmp_path, capsys):
     assert train.main(arguments(toys, tmp_path / "out", methods, *more)) == 2
     error = capsys.readouterr().err
