@@ -125,7 +125,7 @@ class Config:
     init_std: Optional[float] = option(None, "standard deviation of A, B, C and D at the start")
     magnitude: str = option("relu", "relu, or none to leave the ReLU out")
     direction: str = option("sign", "sign, or none to leave the Sign out")
-    warmup_steps: Optional[int] = option(None, "steps in which the factor on dW grows from 0 to 1")
+    warmup_steps: Optional[int] = option(None, "steps in which the factor on dW grows from 0 to 1; default the preset's, a third of the run at most")
     # optimisation
     learning_rate: Optional[float] = option(None, "peak of AdamW's learning rate")
     lr_warmup_steps: Optional[int] = option(None, "steps in which the learning rate grows from 0; it then falls linearly to 0")
@@ -156,7 +156,7 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
-BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "warmup_steps", "max_length", "eval_interval")
+BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "max_length", "eval_interval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,9 @@ def complete(cfg, preset, task):
         epochs = preset.epochs[task.name] if isinstance(preset.epochs, dict) else preset.epochs
     max_steps = max_steps or max(1, round(epochs * max(1, len(task.train) // cfg.batch_size)))
     lr_warmup = preset.lr_warmup_steps or round(preset.lr_warmup_share * max_steps)
+    warmup = min(preset.warmup_steps, max(1, max_steps // 3))  # a trial of 20 steps should not end before dW is there
     return dataclasses.replace(cfg, max_steps=max_steps, learning_rate=cfg.learning_rate or preset.learning_rate[cfg.method],
+                               warmup_steps=warmup if cfg.warmup_steps is None else cfg.warmup_steps,
                                lr_warmup_steps=lr_warmup if cfg.lr_warmup_steps is None else cfg.lr_warmup_steps)
 
 

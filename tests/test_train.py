@@ -198,6 +198,8 @@ def test_every_family_and_group_of_tasks_has_a_preset_with_its_source(toys):
             assert preset.source and cfg.max_steps >= 1 and cfg.learning_rate > 0 and None not in (cfg.targets, cfg.r, cfg.max_length, cfg.lr_warmup_steps)
     glue = dataclasses.replace(task, name="rte")
     assert train.complete(train.Config(), train.find_preset("roberta", glue), glue).max_steps == 80 * (1000 // 16)
+    warmups = {steps: train.complete(train.Config(max_steps=steps), train.find_preset("bert", task), task).warmup_steps for steps in (1, 20, 89, 90, 1000)}
+    assert warmups == {1: 1, 20: 6, 89: 29, 90: 30, 1000: 30}, "a third of the run at most"
     given = train.complete(train.Config(epochs=2, r=4, learning_rate=1.0, max_length=9), train.find_preset("llama", task), task)
     assert (given.max_steps, given.r, given.learning_rate, given.max_length, given.alpha) == (2 * (1000 // 16), 4, 1.0, 9, 64.0)
 
@@ -206,7 +208,7 @@ def test_what_comes_from_a_preset_is_printed_at_the_start(toys, tmp_path, capsys
     args = [a for a in arguments(toys, tmp_path) if "warmup" not in a and "learning_rate" not in a]
     assert train.main(args) == 0
     shown = capsys.readouterr().out
-    assert "dual_lora on q_proj,v_proj, r1 = 4, r2 = 4, alpha 16, dropout 0, warm-up 30; learning rate 0.005, 6 steps of 8, 64 tokens at most" in shown
+    assert "dual_lora on q_proj,v_proj, r1 = 4, r2 = 4, alpha 16, dropout 0, warm-up 2; learning rate 0.005, 6 steps of 8, 64 tokens at most" in shown
     assert "comes from a preset: ours" in shown
 
 
