@@ -1001,6 +1001,9 @@ def tasks_of(cfg):
     for (name, options), uses in zip(specs, needed):
         options = {**options, "task": name, "data_dir": cfg.data_dir if uses or not any(needed) else None}
         chosen.append((named_task(dataclasses.replace(cfg, **options)), options))
+    names = [task.name for task, _ in chosen]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--task={cfg.task}: two tasks of one name, {next(name for name in names if names.count(name) > 1)}")
     return chosen
 
 
@@ -1074,8 +1077,8 @@ def choose_rate(each, arm, grid, folder):
         if all(runs):
             values[text] = {task.name: run["value"] for (_, task), run in zip(each, runs)}
     if not values:
-        raise ValueError(f"{arm}: no learning rate of {', '.join(grid)} came to an end on every task; see {folder}")
-    best = max(values, key=lambda text: sum(values[text].values()))
+        print(f"{arm}: no learning rate of {', '.join(grid)} came to an end on every task; going on with the first", flush=True)
+    best = max(values, key=lambda text: sum(values[text].values()), default=grid[0])
     return rates[best], {task.name: {f"{rates[text][task.name]:g}": values[text][task.name] for text in values} for _, task in each}
 
 

@@ -97,6 +97,21 @@ def test_a_failed_run_is_told_and_does_not_lose_the_rest(toys, tmp_path, monkeyp
     assert "classification, dual_lora, learning rate 0.01, seed 1: failed: [Errno 28] No space left on device" in shown and "| 2 of 3 |" in shown
 
 
+def test_a_method_that_fails_at_every_rate_does_not_lose_the_others(toys, tmp_path, monkeypatch, capsys):
+    original = train.Run.start
+
+    def fails(self):
+        if self.cfg.method == "lora":
+            raise OSError(28, "No space left on device")
+        return original(self)
+
+    monkeypatch.setattr(train.Run, "start", fails)
+    lora, dual = run(toys, tmp_path, "lora,dual_lora", "--seeds=1")["classification"]
+    assert lora["runs"] == 0 and dual["runs"] == 1 and len(dual["grid"]) == 2 and "difference" not in dual
+    shown = capsys.readouterr().out
+    assert "lora: no learning rate of 1e-3, 3e-2 came to an end" in shown and "| lora |  | 0.001 | 0 of 1 |" in shown
+
+
 @pytest.mark.parametrize("task", ["regression", "choice", "instruct"])
 def test_every_kind_of_task_can_be_compared(task, toys, tmp_path):
     model = toys / ("bert" if task == "regression" else "llama")
@@ -157,6 +172,12 @@ def test_data_dir_is_for_the_tasks_that_read_it(toys, tmp_path, monkeypatch):
     for tasks in ("sst2,sarcasm", "sarcasm"):
         train.tasks_of(train.parse([f"--task={tasks}", "--methods=lora", "--data_dir=here"]))
     assert seen == [("sst2", "here"), ("sarcasm", None), ("sarcasm", "here")], "where none reads it, load_task says so"
+
+
+def test_one_task_twice_is_one_line(toys, tmp_path, capsys):
+    args = [a for a in arguments(toys, tmp_path / "out", "lora") if "--task" not in a]
+    assert train.main([*args, f"--task={toys / 'pairs'},{toys / 'pairs'}:max_steps=3"]) == 1
+    assert "two tasks of one name, pairs" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("task", ["sst2:seed=1", "sst2:learning_rate=1", "sst2:depth=2"])
