@@ -2,6 +2,7 @@
 
     python tests/draw.py OUT_DIR [--to=FOLDER] [--layer=layers.3.attention.q_proj]
 
+differences.png of a comparison: each method's difference to the first on each task, and on their mean, with its interval over seeds
 curves.png      training loss and validation metric over the steps, a band from the lowest to the highest seed
 inside.png      Dual LoRA over the steps: shares frozen and turned since the start, signs turned per step, a thin line a layer and their
                 mean; and how large dW's entries are at the end
@@ -119,6 +120,18 @@ def short(name):
     return name.removeprefix("backbone.")
 
 
+def differences(out_dir):
+    """({method: {task: (difference, low, high) in points}}, name of the method that they differ from) of the last comparison."""
+    path = out_dir / "compare.json"
+    tables = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {}
+    for task, lines in tables.items():
+        for line in lines:
+            if None not in line.get("interval", [None]):
+                found.setdefault(line["method"], {})[task] = tuple(100 * value for value in (line["difference"], *line["interval"]))
+    return found, next((lines[0]["method"] for lines in tables.values()), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -195,6 +208,22 @@ def steps_below(axis):
 def name_methods(figure, axis):
     """A legend above the axes: inside it would cover lines."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
+def draw_differences(plt, found, first, path):
+    tasks = list(dict.fromkeys(task for of_task in found.values() for task in of_task))
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.2 * (len(found) + 1) * len(tasks)))
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for i, (arm, of_task) in enumerate(found.items()):
+        at = [tasks.index(task) + (i + 1) / (len(found) + 1) - 0.5 for task in of_task]
+        middle, low, high = zip(*of_task.values())
+        axis.errorbar(middle, at, xerr=[[m - l for m, l in zip(middle, low)], [h - m for m, h in zip(middle, high)]], fmt="o", markersize=4,
+                      linewidth=1.2, capsize=2, label=arm, color=f"C{i + 1}")  # C0 is the first method's, as in the other pictures
+    axis.set(xlabel=f"difference to {first} in points (0.01 of the metric), 95 % interval over seeds", yticks=range(len(tasks)))
+    axis.set_yticklabels([f"mean of {len(tasks) - 1}" if task == "mean" else task for task in tasks])
+    axis.invert_yaxis()
+    name_methods(figure, axis)
+    save(plt, figure, path)
 
 
 def draw_curves(plt, arms, colours, path):
@@ -336,6 +365,9 @@ def main(arguments):
         style(plt)
         to = Path(options.get("to", out_dir))
         to.mkdir(parents=True, exist_ok=True)
+        found, first = differences(out_dir)
+        if found:
+            draw_differences(plt, found, first, to / "differences.png")
         for task, arms in tasks.items():
             print(task)
             draw_task(plt, arms, to, f"-{task}" if len(tasks) > 1 else "", layers[task])

@@ -71,6 +71,15 @@ def test_updates_are_what_training_did(compared):
             assert 1 < row["effective_rank"] <= row["numerical_rank"] <= 16 and 0 < row["relative_norm"] < 1
 
 
+def test_differences_are_the_tables_in_points(compared, tmp_path):
+    found, first = draw.differences(compared)
+    lines = {line["method"]: line for line in json.loads((compared / "compare.json").read_text())["classification"]}
+    assert first == "lora" and list(found) == ["dual_lora", "full"]
+    for arm, tasks in found.items():
+        assert tasks == {"classification": pytest.approx([100 * x for x in (lines[arm]["difference"], *lines[arm]["interval"])])}
+    assert draw.differences(tmp_path) == ({}, None), "no comparison, no picture"
+
+
 def test_cosine_and_agreement_by_hand():
     a, b = torch.tensor([[1.0, 0.0], [-2.0, 3.0]]), torch.tensor([[2.0, 5.0], [1.0, 0.5]])
     assert draw.cosine(a, a) == pytest.approx(1) and draw.cosine(a, -a) == pytest.approx(-1)
@@ -88,7 +97,7 @@ def test_the_table_has_a_row_a_layer_and_their_mean_last():
 def test_the_command_draws_all_and_prints_the_table(compared, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     draw.main([str(compared), f"--to={tmp_path}"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "inside.png", "signs.png", "spectrum.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "differences.png", "inside.png", "signs.png", "spectrum.png"]
     assert all(2000 < p.stat().st_size < 120_000 for p in tmp_path.iterdir())
     shown = capsys.readouterr().out
     assert shown.count("q_proj") == 6 and shown.count("mean") == 3, "two adapted layers and three methods"
