@@ -1,4 +1,5 @@
 """Comparisons: matched parameters, learning rates from held-out training data, statistics, and nothing run twice or lost."""
+import dataclasses
 import json
 
 import pytest
@@ -42,21 +43,36 @@ def test_a_method_without_a_spread_of_its_own_equals_itself(toys, tmp_path):
     assert again["grid"] == {} and again["learning_rate"] == 0.01
 
 
+def seen_by(monkeypatch):
+    """[(training examples, validation examples)] of the runs that follow, as JSON lines."""
+    seen, original = [], train.encode_examples
+
+    def spy(task, examples, *rest):
+        seen.append(sorted(map(json.dumps, examples)))
+        return original(task, examples, *rest)
+
+    monkeypatch.setattr(train, "encode_examples", spy)
+    return seen
+
+
 def test_learning_rates_are_chosen_without_the_validation_data(toys, tmp_path, monkeypatch):
-    task, seen, original = load_task(str(toys / "classification")), [], train.train
-
-    def spy(cfg, part):
-        seen.append((cfg.seed, part))
-        return original(cfg, part)
-
-    monkeypatch.setattr(train, "train", spy)
+    task, seen = load_task(str(toys / "classification")), seen_by(monkeypatch)
+    whole, validation = sorted(map(json.dumps, task.train)), sorted(map(json.dumps, task.validation))
     run(toys, tmp_path, "lora")
-    for seed, part in seen:
-        if seed >= 1000:
-            assert sorted(map(json.dumps, part.train + part.validation)) == sorted(map(json.dumps, task.train)) and len(part.validation) == 6
-        else:
-            assert part == task
-    assert [seed for seed, _ in seen] == [1000, 1000, 0, 1, 2]
+    assert len(seen) == 10 and seen[4:] == [validation, whole] * 3, "two rates, then three seeds"
+    for held_out, rest in (seen[:2], seen[2:4]):
+        assert sorted(held_out + rest) == whole and len(held_out) == 6
+
+
+def test_a_run_can_be_held_out_by_hand(toys, tmp_path, monkeypatch, capsys):
+    whole, seen = sorted(map(json.dumps, load_task(str(toys / "classification")).train)), seen_by(monkeypatch)
+    args = [a for a in arguments(toys, tmp_path, "lora", "--held_out=true") if a.partition("=")[0] not in ("--methods", "--seeds", "--grid")]
+    assert train.main(args) == 0 and "6 held-out training examples" in capsys.readouterr().out
+    assert sorted(seen[0] + seen[1]) == whole and len(seen[0]) == 6
+    del seen[:]
+    table = run(toys, tmp_path / "several", "lora,dual_lora", "--held_out=true", "--grid=x1")["classification"]
+    assert len(seen) == 12 and all(sorted(a + b) == whole for a, b in zip(seen[::2], seen[1::2])) and table[1]["examples"] == 6
+    assert "on 6 held-out training examples" in capsys.readouterr().out
 
 
 def test_what_has_been_run_is_not_run_again_and_an_interrupted_comparison_goes_on(toys, tmp_path, monkeypatch, capsys):
@@ -144,11 +160,10 @@ def test_over_several_tasks_a_method_has_the_rate_with_the_best_mean(toys, tmp_p
     scores = {("classification", 0.0025): 0.8, ("classification", 0.005): 0.7, ("pairs", 0.0025): 0.5, ("pairs", 0.005): 0.7}
     seen = []
 
-    def instead(cfg, arm, task, folder, held_out=False):
-        seen.append((task.name, cfg.learning_rate, held_out))
-        assert len(task.train) == len(load_task(cfg.task).train) - 6 * held_out
+    def instead(cfg, arm, task, folder):
+        seen.append((task.name, cfg.learning_rate, cfg.held_out))
         return {"value": scores.get((task.name, cfg.learning_rate), 0.1), "best_value": 0, "examples": 1, "trainable": 1, "seconds": 1, "peak_memory": 1,
-                "settings": {}, "predictions": [0], "labels": [0]}
+                "settings": {"held_out": False}, "predictions": [0], "labels": [0]}
 
     monkeypatch.chdir(toys)
     monkeypatch.setattr(train, "attempt", instead)
@@ -167,8 +182,8 @@ def test_over_several_tasks_a_method_has_the_rate_with_the_best_mean(toys, tmp_p
 
 
 def test_data_dir_is_for_the_tasks_that_read_it(toys, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "load_task", lambda name, data_dir: seen.append((name, data_dir)) or load_task(str(toys / "classification")))
+    seen, task = [], load_task(str(toys / "classification"))
+    monkeypatch.setattr(train, "load_task", lambda name, data_dir: seen.append((name, data_dir)) or dataclasses.replace(task, name=name))
     for tasks in ("sst2,sarcasm", "sarcasm"):
         train.tasks_of(train.parse([f"--task={tasks}", "--methods=lora", "--data_dir=here"]))
     assert seen == [("sst2", "here"), ("sarcasm", None), ("sarcasm", "here")], "where none reads it, load_task says so"
