@@ -1183,7 +1183,7 @@ def markdown(task, table):
     if done is None:
         return f"{task.name}: no run came to an end"
     error = f", standard error of one number {done['standard_error']:.4f}" if done["standard_error"] else ""
-    head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} {examples_of(done['settings']['held_out'])}{error}; the most frequent answer scores "
+    head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} {examples_of(done['settings'].get('held_out'))}{error}; the most frequent answer scores "
             f"{done['majority']:.4f}. Differences are to {table[0]['method']}, paired by seed.")
     lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | seeds for 0.5 points | s | MiB |",
              "|" + "---|" * 14]

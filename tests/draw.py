@@ -212,7 +212,7 @@ def name_methods(figure, axis):
 
 def draw_differences(plt, found, first, path):
     tasks = list(dict.fromkeys(task for of_task in found.values() for task in of_task))
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.2 * (len(found) + 1) * len(tasks)))
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.14 * (len(found) + 1) * len(tasks)))
     axis.axvline(0, color=GREY, linewidth=0.8)
     for i, (arm, of_task) in enumerate(found.items()):
         at = [tasks.index(task) + (i + 1) / (len(found) + 1) - 0.5 for task in of_task]
