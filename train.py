@@ -15,7 +15,7 @@ under the instruct protocols by what it writes. out_dir receives metrics.jsonl (
 
 --methods compares: for each method the learning rate is chosen from --grid on a tenth of the training data that is held out, then
 all train with the same seeds, batches and steps. "dual_lora:magnitude=none:r=16" is a method with options of its own, and
---task=sst2,cola:max_steps=1000 are two tasks, the second with one; over several tasks a method's learning rate is the one with the
+--task=sst2,cola:max_steps=1000 are two tasks, the second with an option; over several tasks a method's learning rate is the one with the
 best mean. Runs that are there already are not run again, so that an interrupted comparison goes on.
 """
 import contextlib
@@ -79,7 +79,7 @@ def rates(dual_lora, lora, dora, full, head):
 # (model's family, group of tasks) -> Preset; "any" where there is no closer row. The paper publishes neither its learning rates nor
 # its warm-up's length for encoders; for the LLaMAs it takes over DoRA's settings.
 PRESETS = {
-    # rates: the best mean of x0.5, x1, x2 (full: x0.5 to x4) held out on STS-B, sarcasm, SST-2, MRPC; init_std and alpha: of eight pairs,
+    # rates: the best mean of x0.5, x1, x2 (full: x0.5 to x4) held out on STS-B, sarcasm, SST-2, MRPC (head: sarcasm alone); init_std and alpha: of eight pairs,
     # each tried on two or three of these; 30 steps of warm-up are not tuned: dW is at full size well before the learning rate has fallen
     ("encoder", "any"): Preset(rates(5e-3, 5e-3, 5e-3, 1e-4, 2e-2), "ours: chosen on parts of the training data of STS-B, sarcasm, SST-2 and MRPC (README)", init_std=0.05, max_steps=500),
     ("roberta", "glue"): Preset(
@@ -1161,8 +1161,8 @@ def tabulate_means(tasks, rows):
     table, names = [], [task.name for task, _ in tasks]
     for i, first in enumerate(rows[names[0]]):
         ours, theirs = [[rows[name][j]["runs"] for name in names] for j in (i, 0)]
-        values = {seed: statistics.mean(run["value"] for run in runs) for seed, runs in enumerate(zip(*ours)) if all(runs)}
-        others = {seed: statistics.mean(run["value"] for run in runs) for seed, runs in enumerate(zip(*theirs)) if all(runs)}
+        values, others = ({seed: statistics.mean(run["value"] for run in runs) for seed, runs in enumerate(zip(*of)) if all(runs)}
+                          for of in (ours, theirs))
         line = {"method": first["method"], "runs": len(values), "of": len(first["runs"]), "values": list(values.values())}
         if values:
             line.update(mean=statistics.mean(values.values()), sd=statistics.stdev(values.values()) if len(values) > 1 else None)
