@@ -195,7 +195,7 @@ class DualLoRALinear(AdaptedLinear):
         self.register_buffer("warmup", torch.ones((), device=device), persistent=False)
         self.off = False  # warmup == 0, noted where asking the tensor would make a GPU wait
         self.register_buffer("clip_count", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)  # cut, seen
-        # None of the four may start at zero; see "Step 0" at the top.
+        # A and B must not start at zero; see "Step 0" at the top.
         self.add_adapters(A=draw(init_std, r1, i), B=draw(init_std, o, r1), C=draw(init_std, r2, i), D=draw(init_std, o, r2))
 
     def delta_weight(self):
@@ -547,7 +547,7 @@ def adapter_report(model, spectrum=True):
     lost               share of dW's non-zero entries that W0 + dW, rounded to W0's dtype, does not show
     magnitudes         shares of dW's non-zero entries that lie under 1e-6, in each decade from there to 1e-1, and above
     unmoved            adapter tensors that are still what they were at the start
-    The first five and the margin only where the layer has them. Singular values take seconds a layer at 4096 x 4096.
+    The first five lines are Dual LoRA's alone. Singular values take seconds a layer at 4096 x 4096.
     """
     report = {}
     for name, layer in adapted_layers(model).items():
@@ -797,7 +797,7 @@ def read_adapter(path):
 
 
 def draw(std, *shape):
-    return std * torch.randn(*shape, dtype=torch.float32)
+    return std * torch.randn(*shape, dtype=torch.float32, device="cpu")
 
 
 def rank(name, value):
@@ -835,8 +835,8 @@ class LoRALinear(AdaptedLinear):
         rank("r", r), positive("alpha", alpha)
         super().__init__(linear, dropout, r=r, alpha=alpha)
         self.scaling = alpha / r
-        A = nn.init.kaiming_uniform_(torch.empty(r, self.in_features, dtype=torch.float32), a=math.sqrt(5))
-        self.add_adapters(A=A, B=torch.zeros(self.out_features, r, dtype=torch.float32))
+        A = nn.init.kaiming_uniform_(torch.empty(r, self.in_features, dtype=torch.float32, device="cpu"), a=math.sqrt(5))
+        self.add_adapters(A=A, B=torch.zeros(self.out_features, r, dtype=torch.float32, device="cpu"))
 
     def delta_weight(self):
         """dW (out, in) in the adapters' dtype, differentiable."""
@@ -1021,7 +1021,8 @@ def fused_weight(W, weight, A, B, C, D, scale, magnitude, direction):
     """put_weight in one kernel."""
     sizes, what = common(weight, A, B, C, D, magnitude, direction)
     grid = triton.cdiv(W.shape[0], TILE), triton.cdiv(W.shape[1], TILE)
-    weight_kernel[grid](W, weight, A, B, C, D, scale, *sizes, **what, num_warps=8)
+    with torch.cuda.device_of(W):  # Triton launches on the current device, whichever its arguments are on
+        weight_kernel[grid](W, weight, A, B, C, D, scale, *sizes, **what, num_warps=8)
 
 
 def fused_weight_and_gradients(W, G, weight, A, B, C, D, scale, clip_count, magnitude, direction, ste):
@@ -1035,6 +1036,7 @@ def fused_weight_and_gradients(W, G, weight, A, B, C, D, scale, clip_count, magn
     precision = "ieee" if G.dtype == torch.float32 else "tf32"
     if direction == "sign":
         clip_count[1] += G.numel()
-    gradients_kernel[blocks, spans](W, G, weight, A, B, C, D, scale, clip_count, dA, dB, dC, dD, *sizes, **what, STE=ste, PRECISION=precision,
-                                    TILES=TILES, num_warps=8, num_stages=1)  # with more in flight its registers spill
+    with torch.cuda.device_of(W):
+        gradients_kernel[blocks, spans](W, G, weight, A, B, C, D, scale, clip_count, dA, dB, dC, dD, *sizes, **what, STE=ste,
+                                        PRECISION=precision, TILES=TILES, num_warps=8, num_stages=1)  # with more in flight its registers spill
     return dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)

@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -159,6 +160,14 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
+
+
+def idle(method):
+    """The options that do nothing for a method."""
+    return (DUAL_ONLY if method != "dual_lora" else ()) + (ADAPTER_ONLY if method in ("full", "head") else ())
+
+
 BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "max_length", "eval_interval")
 
 
@@ -220,12 +229,13 @@ def check(cfg):
             raise ValueError(f"--{name}={getattr(cfg, name)}: it should be above 0")
     if not 0 <= (cfg.dropout or 0) < 1:
         raise ValueError(f"--dropout={cfg.dropout}: it should be at least 0 and below 1")
-    idle = (DUAL_ONLY if cfg.method != "dual_lora" else ()) + (ADAPTER_ONLY if cfg.method in ("full", "head") else ())
-    for f in dataclasses.fields(Config):
-        if f.name in idle and getattr(cfg, f.name) != f.default:
-            raise ValueError(f"--{f.name}={getattr(cfg, f.name)} does nothing with --method={cfg.method}")
-    if cfg.method == "dual_lora" and (cfg.r or 0) % 2 and None in (cfg.r1, cfg.r2):
+    for name in idle(cfg.method) if cfg.methods is None else ():
+        if getattr(cfg, name) != DEFAULTS[name]:
+            raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
+    if cfg.methods is None and cfg.method == "dual_lora" and (cfg.r or 0) % 2 and None in (cfg.r1, cfg.r2):
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it, r1 = r2 = r / 2; give an even r, or r1 and r2")
+    if cfg.learning_rate and cfg.grid:
+        raise ValueError(f"--learning_rate={cfg.learning_rate:g} and --grid={cfg.grid}: give one of them")
     for name in ("seeds", "grid"):
         if getattr(cfg, name) is not None and cfg.methods is None:
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing without --methods")
@@ -312,13 +322,13 @@ def build(cfg, folder, task, device):
     is_gpt = isinstance(model, GPT)
     if not is_gpt and None in (tokenizer.cls, tokenizer.sep):
         raise ValueError(f"{folder}: its vocabulary has no [CLS] and [SEP], which an encoder needs")
-    limit = model.max_length
-    if cfg.max_length > limit:
-        raise ValueError(f"--max_length={cfg.max_length}: this model has {limit} positions")
     model.checkpoint = cfg.checkpointing
     generative = is_gpt and task.kind == "multiple_choice"
     if cfg.protocol != "likelihood" and not generative:
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice; here it is {cfg.model} on {task.kind.replace('_', ' ')}")
+    room = 0 if cfg.protocol == "likelihood" else NEW_TOKENS
+    if cfg.max_length + room > model.max_length:
+        raise ValueError(f"--max_length={cfg.max_length}: this model has {model.max_length} positions" + (f", {room} of them for the answer" if room else ""))
     if cfg.eval_only and not generative:
         raise ValueError("--eval_only=true would score an untrained head; it is for a GPT on multiple choice, which has none")
     if not generative:
@@ -545,9 +555,10 @@ def predict_generated(model, task, examples, tokenizer, device, tokens):
 
 
 def rate(cfg, step):
-    """Learning rate of `step` (from 0): linear warm-up, linear decay to 0."""
-    grow = min(1.0, (step + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
-    return cfg.learning_rate * grow * (1 - step / cfg.max_steps)
+    """Learning rate of `step` (from 0): linear warm-up to the peak, then linear decay to 0."""
+    if step < cfg.lr_warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.lr_warmup_steps
+    return cfg.learning_rate * (cfg.max_steps - step) / (cfg.max_steps - cfg.lr_warmup_steps)
 
 
 def warmup_factor(cfg, step):
@@ -575,13 +586,16 @@ class Run:
     def trainable(self):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def device(self):
+        return next(self.model.parameters()).device
+
     def counters(self):
         """What the adapters' reports remember of the last one."""
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, DualLoRALinear)}
         return {name: {"clip_count": m.clip_count, **m.last} for name, m in layers.items()}
 
     def save(self):
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        cuda = torch.cuda.get_rng_state(self.device()) if self.device().type == "cuda" else None
         save_atomically({"settings": self.settings, "step": self.step, "history": self.history,
                          "parameters": {name: p.detach() for name, p in self.trainable().items()},
                          "optimizer": self.optimizer.state_dict(), "counters": self.counters(),
@@ -618,9 +632,11 @@ class Run:
             layer.clip_count.copy_(state["clip_count"])
             layer.last = {key: value for key, value in state.items() if key != "clip_count"}
         torch.set_rng_state(saved["random"])
-        if saved["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda"])
+        if saved["cuda"] is not None and self.device().type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda"], self.device())
         self.step, self.history, self.pending = saved["step"], saved["history"], saved["pending"]
+        if self.cfg.method == "dual_lora":
+            set_warmup(self.model, warmup_factor(self.cfg, self.step))  # a run that is at its end takes no step that would
 
 
 def train(cfg, task=None):
@@ -629,14 +645,14 @@ def train(cfg, task=None):
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     task = task or named_task(cfg)
-    task = hold_out(task) if cfg.held_out else task
+    task = as_judged(task, cfg)
     cfg = with_model(cfg, task)
     preset, folder = preset_for(cfg, task)
     cfg = complete(cfg, preset, task)
     model, tokenizer = build(cfg, folder, task, device)
     is_gpt = isinstance(getattr(model, "backbone", model), GPT)
     how = is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt
-    validation = encode_examples(task, first_of_each(task.validation, cfg.eval_examples), tokenizer, *how)
+    validation = encode_examples(task, task.validation, tokenizer, *how)
     if cfg.eval_only:
         return evaluate_only(cfg, task, model, validation, tokenizer, device, dtype)
     examples = encode_examples(task, task.train, tokenizer, *how)
@@ -650,8 +666,9 @@ def train(cfg, task=None):
     clock = Clock(run.step)
     reset_peak_memory(device)
     loop(run, task, examples, validation, tokenizer, device, dtype, clock)
-    result = finish(run, task, len(validation), time.time() - clock.began, device)
-    print(measured(cost, clock, device, dtype), flush=True)
+    seconds, peak, speed = time.time() - clock.began, peak_memory(device), measured(cost, clock, device, dtype)  # before the report's own work
+    result = {**finish(run, task, validation, seconds), "seconds": seconds, "peak_memory": peak}
+    print(speed, flush=True)
     model.eval()
     with torch.no_grad(), mixed_precision(device, dtype):
         predictions, labels = run.outcome or predict(model, task, validation, tokenizer, device, TOKENS)
@@ -664,10 +681,21 @@ def named_task(cfg):
 
 
 def hold_out(task):
-    """The task with a tenth of its training data, 1,000 examples at most, in the place of its validation data."""
+    """The task with a tenth of its training data, about 1,000 examples at most, in the place of its validation data; near-duplicates
+    stay on one side."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
-    n = max(1, min(1000, len(order) // 10))
-    return dataclasses.replace(task, train=[task.train[i] for i in order[n:]], validation=[task.train[i] for i in order[:n]])
+    groups, held = {}, []
+    for i in order:
+        groups.setdefault(task.key(task.train[i]) if task.key else i, []).append(i)
+    while len(held) < min(1000, len(order) // 10) or not held:
+        held += groups.pop(next(iter(groups)))
+    return dataclasses.replace(task, train=[task.train[i] for group in groups.values() for i in group], validation=[task.train[i] for i in held])
+
+
+def as_judged(task, cfg):
+    """The task with the validation data that cfg scores it on."""
+    task = hold_out(task) if cfg.held_out else task
+    return dataclasses.replace(task, validation=first_of_each(task.validation, cfg.eval_examples))
 
 
 def examples_of(held_out):
@@ -912,7 +940,7 @@ def counts(model):
 
 def describe(cfg, task, model, device, dtype, n_train, n_validation, step, preset):
     adapters, other, total = counts(model)
-    print(f"{task.name}: {task.kind.replace('_', ' ')}, {n_train:,} examples to train on, {n_validation:,}{' held-out ones of these' if cfg.held_out else ''} to validate; "
+    print(f"{task.name}: {task.kind.replace('_', ' ')}, {n_train:,} examples to train on, {n_validation:,}{' held-out ones' if cfg.held_out else ''} to validate; "
           f"the most frequent answer scores {majority_score(task):.4f}")
     if task.note:
         print(task.note)
@@ -927,15 +955,23 @@ def describe(cfg, task, model, device, dtype, n_train, n_validation, step, prese
     print(f"trainable: {adapters:,} in {layers} adapted layers + {other:,} = {100 * (adapters + other) / total:.2f} % of {total:,}", flush=True)
 
 
-def finish(run, task, n_validation, seconds, device):
-    """Save the adapter, print the summary, write the final line; returns it with seconds and peak_memory."""
+def error_of(task, values, validation):
+    """Standard error of the main metric among `values`; of a mean over parts from each part's. None where there is no formula."""
+    parts = Counter(example.set for example in validation)
+    errors = [standard_error(task.metric, values[f"{task.metric}_{name}" if len(parts) > 1 else task.metric], n) for name, n in parts.items()]
+    return None if None in errors else math.hypot(*errors) / len(errors)
+
+
+def finish(run, task, validation, seconds):
+    """Save the adapter, print the summary, write the final line; returns it."""
+    n_validation = len(validation)
     cfg, (adapters, other, total) = run.cfg, counts(run.model)
     evaluations = [line for line in map(json.loads, run.history) if "validation" in line]
     best = max(evaluations, key=lambda line: line["validation"][task.metric])
     result = {"final": True, "metric": task.metric, "value": evaluations[-1]["validation"][task.metric],
               "validation": evaluations[-1]["validation"], "examples": n_validation,
               "best_value": best["validation"][task.metric], "best_step": best["step"], "majority": majority_score(task),
-              "standard_error": standard_error(task.metric, evaluations[-1]["validation"][task.metric], n_validation),
+              "standard_error": error_of(task, evaluations[-1]["validation"], validation),
               "protocol": protocol(cfg, run.model),
               "trainable": adapters + other, "adapters": adapters, "parameters": total, "settings": run.settings}
     path = run.folder / "adapter.pt"
@@ -970,7 +1006,7 @@ def finish(run, task, n_validation, seconds, device):
     if cfg.method == "dual_lora" and warmup_factor(cfg, run.step) < 1:
         print(f"the run ended inside the warm-up: dW stands at {warmup_factor(cfg, run.step):.2f} of its size, and so in the file")
     print(f"{path} holds what was trained: dual_lora.load_adapter puts it on the base model")
-    return {**result, "seconds": seconds, "peak_memory": peak_memory(device)}
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -989,22 +1025,35 @@ def with_options(text, where, fixed):
     return name, values
 
 
-OF_THE_WHOLE = ("task", "data_dir", "method", "methods", "seeds", "grid", "out_dir", "resume", "seed")
+OF_THE_WHOLE = ("task", "data_dir", "method", "methods", "seeds", "grid", "out_dir", "resume", "seed", "held_out", "eval_only")
+OF_THE_TASK = ("model", "metric", "protocol", "eval_examples")  # else the methods' scores would be of different things
 
 
 def arms(cfg):
     """[(name, Config)] of --methods; ValueError for what is no method, or an option that is none or does nothing there."""
     chosen = []
     for spec in cfg.methods.split(","):
-        method, values = with_options(spec, f"methods={cfg.methods}", ("model", *OF_THE_WHOLE))
-        own = dataclasses.asdict(cfg)
-        idle = (DUAL_ONLY if method != "dual_lora" else ()) + (ADAPTER_ONLY if method in ("full", "head") else ())
-        own.update({f.name: f.default for f in dataclasses.fields(Config) if f.name in idle}, method=method, methods=None, seeds=None, grid=None)
-        check(Config(**{**own, **values}))
-        if spec.strip() in [name for name, _ in chosen]:
+        method, values = with_options(spec, f"methods={cfg.methods}", (*OF_THE_TASK, *OF_THE_WHOLE))
+        own = {**dataclasses.asdict(cfg), **dict.fromkeys(("methods", "seeds", "grid")), **{name: DEFAULTS[name] for name in idle(method)}}
+        chosen.append((spec.strip(), Config(**{**own, "method": method, **values})))
+        check(chosen[-1][1])
+        if chosen[-1][0] in [name for name, _ in chosen[:-1]]:
             raise ValueError(f"--methods={cfg.methods}: {spec.strip()} is there twice")
-        chosen.append((spec.strip(), Config(**{**own, **values})))
+    for name in ADAPTER_ONLY + DUAL_ONLY:
+        if getattr(cfg, name) != DEFAULTS[name] and all(name in idle(own.method) for _, own in chosen):
+            raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --methods={cfg.methods}")
     return chosen
+
+
+def on_task(arm, own, options):
+    """A method's Config with a task's options, but for those that do nothing for it; ValueError where the method brings one of them
+    too, or where they make no sense together."""
+    for name in options:
+        if f":{name}=" in arm:
+            raise ValueError(f"{name} is an option of the task {options['task']} and of the method {arm}: give it to one of them")
+    own = dataclasses.replace(own, **{name: value for name, value in options.items() if name not in idle(own.method)})
+    check(own)
+    return own
 
 
 def tasks_of(cfg):
@@ -1016,9 +1065,9 @@ def tasks_of(cfg):
     for (name, options), uses in zip(specs, needed):
         options = {**options, "task": name, "data_dir": cfg.data_dir if uses or not any(needed) else None}
         chosen.append((named_task(dataclasses.replace(cfg, **options)), options))
-    names = [task.name for task, _ in chosen]
+    names = [task.name for task, _ in chosen] + ["mean"] * (len(chosen) > 1)  # their tables, and the one of the means
     if len(set(names)) < len(names):
-        raise ValueError(f"--task={cfg.task}: two tasks of one name, {next(name for name in names if names.count(name) > 1)}")
+        raise ValueError(f"--task={cfg.task}: two tables of one name, {next(name for name in names if names.count(name) > 1)}")
     return chosen
 
 
@@ -1047,18 +1096,19 @@ def compare(cfg):
     their means; returns {task: its table, "mean": that one}."""
     folder, tables, seeds = Path(cfg.out_dir), {}, cfg.seeds or 5
     tasks, methods = tasks_of(cfg), arms(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = {task.name: [] for task, _ in tasks}
-    chosen = {arm: choose_rate([(dataclasses.replace(own, **options), task) for task, options in tasks], arm,
+    configs = {(arm, task.name): on_task(arm, own, options) for arm, own in methods for task, options in tasks}
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {arm: choose_rate([(configs[arm, task.name], task) for task, _ in tasks], arm,
                                candidates(own if own.learning_rate else cfg), folder) for arm, own in methods}
     for task, options in tasks:
-        judged = hold_out(task) if cfg.held_out else task
-        for arm, own in methods:
+        judged, tables[task.name] = as_judged(task, dataclasses.replace(cfg, **options)), []
+        for arm, _ in methods:
             rates, scores = chosen[arm]
-            own = dataclasses.replace(own, learning_rate=rates[task.name], **options)
+            own = dataclasses.replace(configs[arm, task.name], learning_rate=rates[task.name])
             runs = [attempt(dataclasses.replace(own, seed=cfg.seed + i), arm, task, folder) for i in range(seeds)]
             rows[task.name].append({"method": arm, "learning_rate": own.learning_rate, "grid": scores.get(task.name, {}), "runs": runs})
-            tables[task.name] = tabulate(judged, rows[task.name])
+            tables[task.name].append(tabulate(judged, rows[task.name][-1], rows[task.name][0]))
             (folder / "compare.json").write_text(json.dumps(tables, indent=1))
         show(markdown(judged, tables[task.name]), folder / f"compare-{task.name}.md")
     if len(tasks) > 1:
@@ -1082,7 +1132,7 @@ def choose_rate(each, arm, grid, folder):
     values = {}
     for text in grid:
         runs = [attempt(dataclasses.replace(own, learning_rate=rates[text][task.name], seed=own.seed + 1000, held_out=True),  # no seed that is reported
-                        arm, task, folder) for own, task in each]
+                        arm, task, folder, "grid") for own, task in each]
         if all(runs):
             values[text] = {task.name: run["value"] for (_, task), run in zip(each, runs)}
     if not values:
@@ -1091,17 +1141,27 @@ def choose_rate(each, arm, grid, folder):
     return rates[best], {task.name: {f"{rates[text][task.name]:g}": values[text][task.name] for text in values} for _, task in each}
 
 
-def attempt(cfg, arm, task, folder):
+def in_file_names(arm):
+    return re.sub("[^A-Za-z0-9_.=]+", "-", arm)
+
+
+def fingerprint(cfg, task):
+    """8 digits that change with anything that a run's result hangs on: options, those that a preset fills in too, and data."""
+    cfg = with_model(cfg, task)
+    settings = dataclasses.asdict(complete(cfg, preset_for(cfg, task)[0], task))
+    settings = {name: value for name, value in settings.items() if name not in ("out_dir", "resume")}
+    return hashlib.sha256(json.dumps([settings, task.train, task.validation], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def attempt(cfg, arm, task, folder, purpose=None):
     """The result of one run, from its file if it has been run, or None if it failed, which is printed and not the others' end."""
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out_dir", "resume")}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + ("held-out training data" if cfg.held_out else f"seed {cfg.seed}")
-    place = folder / f"{task.name}-{re.sub('[^A-Za-z0-9_.=]+', '-', arm)}-{'grid' if cfg.held_out else cfg.seed}-{key}"
-    if (place / "result.json").exists():
-        return json.loads((place / "result.json").read_text())
-    place.mkdir(parents=True, exist_ok=True)
-    resumed = (place / "checkpoint.pt").exists()
+    label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + (f"held-out training data, seed {cfg.seed}" if cfg.held_out else f"seed {cfg.seed}")
     try:
+        place = folder / f"{task.name}-{in_file_names(arm)}-{purpose or cfg.seed}-{fingerprint(cfg, task)}"
+        if (place / "result.json").exists():
+            return json.loads((place / "result.json").read_text())
+        place.mkdir(parents=True, exist_ok=True)
+        resumed = (place / "checkpoint.pt").exists()
         with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             result = train(dataclasses.replace(cfg, out_dir=str(place), resume=True), task)
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
@@ -1115,29 +1175,26 @@ def attempt(cfg, arm, task, folder):
     return result
 
 
-def tabulate(task, rows):
-    """A dict a method: counts, mean and spread, and how it differs from the first method."""
-    table, first = [], rows[0]
-    for row in rows:
-        done = [run for run in row["runs"] if run]
-        values = [run["value"] for run in done]
-        line = {"method": row["method"], "learning_rate": row["learning_rate"], "grid": row["grid"], "runs": len(done), "of": len(row["runs"]),
-                "metric": task.metric, "values": values, "majority": majority_score(task)}
-        if done:
-            seconds = [run["seconds"] for run in done if run["seconds"]]
-            line.update(trainable=done[0]["trainable"], mean=statistics.mean(values), sd=statistics.stdev(values) if len(values) > 1 else None,
-                        best=statistics.mean(run["best_value"] for run in done), examples=done[0]["examples"],
-                        standard_error=standard_error(task.metric, statistics.mean(values), done[0]["examples"]),
-                        seconds=statistics.mean(seconds) if seconds else None, peak_memory=max((run["peak_memory"] or 0 for run in done), default=None), settings=done[0]["settings"])
-        pairs = [(ours, theirs) for ours, theirs in zip(row["runs"], first["runs"]) if ours and theirs]
-        if row is not first and pairs:
-            line.update(over_seeds([ours["value"] - theirs["value"] for ours, theirs in pairs]))
-            if not in_parts(task):
-                a, b, labels = predictions_of(pairs)
-                line.update(bootstrap=interval(bootstrap_differences(task.metric, a, b, labels)))
-                line.update(mcnemar=mcnemar(a, b, labels) if task.n_classes > 1 else None)
-        table.append(line)
-    return table
+def tabulate(task, row, first):
+    """A method's runs as a dict: counts, mean and spread, and how it differs from the first method."""
+    done = [run for run in row["runs"] if run]
+    values = [run["value"] for run in done]
+    line = {"method": row["method"], "learning_rate": row["learning_rate"], "grid": row["grid"], "runs": len(done), "of": len(row["runs"]),
+            "metric": task.metric, "values": values, "majority": majority_score(task)}
+    if done:
+        seconds = [run["seconds"] for run in done if run["seconds"]]
+        line.update(trainable=done[0]["trainable"], mean=statistics.mean(values), sd=statistics.stdev(values) if len(values) > 1 else None,
+                    best=statistics.mean(run["best_value"] for run in done), examples=done[0]["examples"], standard_error=done[0]["standard_error"],
+                    seconds=statistics.mean(seconds) if seconds else None, peak_memory=max(run["peak_memory"] or 0 for run in done),
+                    settings=done[0]["settings"])
+    pairs = [(ours, theirs) for ours, theirs in zip(row["runs"], first["runs"]) if ours and theirs]
+    if row is not first and pairs:
+        line.update(over_seeds([ours["value"] - theirs["value"] for ours, theirs in pairs]))
+        if not in_parts(task):
+            a, b, labels = predictions_of(pairs)
+            line.update(bootstrap=interval(bootstrap_differences(task.metric, a, b, labels)))
+            line.update(mcnemar=mcnemar(a, b, labels) if task.n_classes > 1 else None)
+    return line
 
 
 def in_parts(task):
@@ -1244,7 +1301,8 @@ def main(arguments):
         compare(cfg) if cfg.methods else train(cfg)
         return 0
     except KeyboardInterrupt:
-        print(f"train.py: interrupted; --resume=true goes on from {os.path.join(cfg.out_dir, 'checkpoint.pt')}", file=sys.stderr)
+        how = "the same command goes on" if cfg.methods else f"--resume=true goes on from the last checkpoint in {cfg.out_dir}, if there was one"
+        print(f"train.py: interrupted; {how}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("train.py: out of GPU memory: try a smaller --micro_batch_size, or --checkpointing=true", file=sys.stderr)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:

@@ -40,9 +40,9 @@ def encoder_row(tokenizer, a, b, max_length, keep_end=False):
 def gpt_row(tokenizer, prompt, answer, max_length):
     """The answer after as much of the prompt's end as fits, at least one token; and where the answer begins."""
     first = [tokenizer.bos] if tokenizer.add_bos else []
-    prompt = prompt or first or [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
     answer = answer[:max_length // 2] if len(answer) > max_length // 2 else answer
     prompt = first + prompt[-(max_length - len(answer) - len(first)):]
+    prompt = prompt or [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
     return prompt + answer, len(prompt)
 
 
@@ -51,8 +51,9 @@ def instruct_example(example, tokenizer, max_length, protocol, train_on_prompt, 
     prompt = tokenizer.encode(instruct.prompt(example["instruction"], protocol, training=True))
     if protocol == "instruct":
         response = tokenizer.encode(example["output"])
-    else:  # theirs: one text, whatever tokens then lie across the seam
-        response = tokenizer.encode(instruct.prompt(example["instruction"], protocol, training=True) + example["output"])[len(prompt):]
+    else:  # theirs: one text, in which the template's last space joins the response's first word; as many tokens as the prompt alone has are its
+        whole = tokenizer.encode(instruct.prompt(example["instruction"], protocol, training=True) + example["output"])
+        prompt, response = whole[:len(prompt)], whole[len(prompt):]
     end = [tokenizer.eos] if tokenizer.eos is not None else []
     row, boundary = gpt_row(tokenizer, prompt, response + end, max_length)
     asked, _ = gpt_row(tokenizer, tokenizer.encode(instruct.prompt(example["instruction"], protocol)), [], max_length)

@@ -37,6 +37,7 @@ class Task:
     validation: list = field(repr=False)
     test: list = field(repr=False)  # may be empty
     note: str = ""   # what a reader of its numbers should know
+    key: object = None  # a function of an example: those of one key, near-duplicates, must not be held out from each other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +171,9 @@ def load_task(name_or_folder, data_dir=None):
         task.note = f"trained on {path}" if path else instruct.MIX_NOTE
         return task
     if name in TASKS:
-        return fetched(f"commonsense-{name}" if name in COMMONSENSE else name, lambda folder: convert(name, folder), name)
+        task = fetched(f"commonsense-{name}" if name in COMMONSENSE else name, lambda folder: convert(name, folder), name)
+        task.key = TASKS[name].key
+        return task
     if Path(name).is_dir():
         return load_folder(Path(name), Path(name).resolve().name)
     raise ValueError(f"unknown task {name!r}: it is one of {', '.join((*TASKS, *GLUE, MIX))}, or a folder with train.jsonl and validation.jsonl")
@@ -299,11 +302,13 @@ def text(record, name, where):
 
 
 def majority_score(task):
-    """What always giving the most frequent label of the training data scores on the validation data; 0 for regression, and where
-    examples have no choices to take the first of."""
-    labels = [example.get("label") for example in task.validation]
-    if task.n_classes == 1 or None in labels:
+    """What always giving the most frequent label of the training data scores on the validation data, on the mean over its parts; 0 for
+    regression, and where examples have no choices to take the first of."""
+    parts = {}
+    for example in task.validation:
+        parts.setdefault(example.get("set", ""), []).append(example.get("label"))
+    if task.n_classes == 1 or any(None in labels for labels in parts.values()):
         return 0.0
     counts = Counter(example["label"] for example in task.train if "label" in example)
     most = counts.most_common(1)[0][0] if counts else 0
-    return score(task.metric, [most] * len(labels), labels)[task.metric]
+    return sum(score(task.metric, [most] * len(labels), labels)[task.metric] for labels in parts.values()) / len(parts)

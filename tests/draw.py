@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from data.download import model_folder  # noqa: E402
-from dual_lora import AdaptedLinear, DualLoRALinear, exact_product, load_adapter, ranks, sign  # noqa: E402
+from dual_lora import AdaptedLinear, exact_product, load_adapter, ranks, sign  # noqa: E402
 
 GREY = "#808080"  # legible on white and on black
 
@@ -56,8 +56,15 @@ def runs_of(out_dir):
             versions = found.setdefault(task, {}).setdefault(settings["method"] if folder == out_dir else name, {})
             key = json.dumps(settings, sort_keys=True)
             versions[key] = {**versions.pop(key, {}), seed: folder}  # put last
-    return {task: {arm: [folder for _, folder in sorted(list(versions.values())[-1].items())] for arm, versions in arms.items()}
+    order = {train.in_file_names(line["method"]): i for lines in tables_of(out_dir).values() for i, line in enumerate(lines)}
+    return {task: {arm: [folder for _, folder in sorted(list(arms[arm].values())[-1].items())] for arm in sorted(arms, key=lambda arm: order.get(arm, len(order)))}
             for task, arms in found.items()}
+
+
+def tables_of(out_dir):
+    """compare.json, {} where there is none."""
+    path = out_dir / "compare.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def curve(folders, value_of):
@@ -122,9 +129,7 @@ def short(name):
 
 def differences(out_dir):
     """({method: {task: (difference, low, high) in points}}, name of the method that they differ from) of the last comparison."""
-    path = out_dir / "compare.json"
-    tables = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {}
+    tables, found = tables_of(out_dir), {}
     for task, lines in tables.items():
         for line in lines:
             if None not in line.get("interval", [None]):
@@ -287,7 +292,7 @@ def draw_spectrum(plt, dW, layer, colours, path):
     save(plt, figure, path)
 
 
-def draw_signs(plt, layer, name, path, size=96):
+def draw_signs(plt, arm, layer, name, path, size=96):
     now = sign(exact_product(layer.lora_D, layer.lora_C).detach())
     then = sign(exact_product(layer.start["lora_D"], layer.start["lora_C"]))
     titles = "start: red +1, blue -1", "end", f"red: turned, {100 * (now != then).float().mean():.1f} % of the layer"
@@ -295,7 +300,7 @@ def draw_signs(plt, layer, name, path, size=96):
     for axis, values, title in zip(axes, (then, now, -now * then), titles):
         axis.imshow(values[:size, :size].numpy(), cmap="coolwarm", vmin=-1.4, vmax=1.4, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].set_ylabel(f"Sign(DC), {name}", fontsize=7)
+    axes[0].set_ylabel(f"Sign(DC), {arm}, {name}", fontsize=7)
     save(plt, figure, path)
 
 
@@ -312,9 +317,9 @@ def draw_task(plt, arms, to, suffix, layer):
     found = {arm: updates(folders[0]) for arm, folders in arms.items()}
     dW = {arm: layers for arm, (layers, _) in found.items() if layers}
     draw_spectrum(plt, dW, layer, colours, to / f"spectrum{suffix}.png")
-    dual = next((layers[layer] for _, layers in found.values() if isinstance(layers.get(layer), DualLoRALinear)), None)
-    if dual is not None:
-        draw_signs(plt, dual, layer, to / f"signs{suffix}.png")
+    signed = [(arm, layers[layer]) for arm, (_, layers) in found.items() if getattr(layers.get(layer), "direction", None) == "sign"]
+    if signed:
+        draw_signs(plt, *signed[0], layer, to / f"signs{suffix}.png")
     full = next((dW[arm] for arm in dW if not last[arm]), None)
     figures = {arm: rows_of(last[arm], dW[arm], full) if last[arm] else rows_of_full(*found[arm], adapted(arms)) for arm in dW}
     print("\n".join(table(figures)))

@@ -1,6 +1,7 @@
 """Comparisons: matched parameters, learning rates from held-out training data, statistics, and nothing run twice or lost."""
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tests.test_train import toys  # noqa: F401  (a fixture)
 
 
 def arguments(toys, out, methods, *more):
+    grid = [] if any("learning_rate" in option or "grid" in option for option in more) else ["--grid=1e-3,3e-2"]
     return [f"--model={toys / 'bert'}", f"--task={toys / 'classification'}", f"--methods={methods}", f"--out_dir={out}", "--device=cpu", "--seeds=3",
-            "--max_steps=8", "--batch_size=8", "--max_length=64", "--grid=1e-3,3e-2", *more]
+            "--max_steps=8", "--batch_size=8", "--max_length=64", *grid, *more]
 
 
 def run(*args):
@@ -34,7 +36,7 @@ def test_methods_are_compared_with_matched_parameters_the_same_seeds_and_their_o
     assert dual["bootstrap"][0] <= mean <= dual["bootstrap"][1] and 0 <= dual["mcnemar"] <= 1
     shown, text = capsys.readouterr().out, (tmp_path / "compare-classification.md").read_text()
     assert text in shown and "| dual_lora:magnitude=none:r=4 |" in text and f"{dual['mean']:.4f} ± {dual['sd']:.4f}" in text
-    assert shown.count("held-out training data") == 8 and shown.count(", seed ") == 12
+    assert shown.count("held-out training data") == 8 and shown.count(", seed ") == 20
 
 
 def test_a_method_without_a_spread_of_its_own_equals_itself(toys, tmp_path):
@@ -67,7 +69,9 @@ def test_learning_rates_are_chosen_without_the_validation_data(toys, tmp_path, m
 def test_a_run_can_be_held_out_by_hand(toys, tmp_path, monkeypatch, capsys):
     whole, seen = sorted(map(json.dumps, load_task(str(toys / "classification")).train)), seen_by(monkeypatch)
     args = [a for a in arguments(toys, tmp_path, "lora", "--held_out=true") if a.partition("=")[0] not in ("--methods", "--seeds", "--grid")]
-    assert train.main(args) == 0 and "6 held-out training examples" in capsys.readouterr().out
+    assert train.main(args) == 0
+    out = capsys.readouterr().out
+    assert "54 examples to train on, 6 held-out ones to validate" in out and "6 held-out training examples" in out
     assert sorted(seen[0] + seen[1]) == whole and len(seen[0]) == 6
     del seen[:]
     table = run(toys, tmp_path / "several", "lora,dual_lora", "--held_out=true", "--grid=x1")["classification"]
@@ -87,7 +91,7 @@ def test_what_has_been_run_is_not_run_again_and_an_interrupted_comparison_goes_o
 
     monkeypatch.setattr(train, "training_loss", dies)
     half = [*arguments(toys, tmp_path / "half", "lora,dual_lora"), "--checkpoint_interval=3"]
-    assert train.main(half) == 1 and "interrupted" in capsys.readouterr().err
+    assert train.main(half) == 1 and "interrupted; the same command goes on" in capsys.readouterr().err
     assert train.main(half) == 0
     steps = len(calls)
     assert 80 <= steps <= 84, "ten runs of eight steps, and at most three of them again"
@@ -160,10 +164,10 @@ def test_over_several_tasks_a_method_has_the_rate_with_the_best_mean(toys, tmp_p
     scores = {("classification", 0.0025): 0.8, ("classification", 0.005): 0.7, ("pairs", 0.0025): 0.5, ("pairs", 0.005): 0.7}
     seen = []
 
-    def instead(cfg, arm, task, folder):
+    def instead(cfg, arm, task, folder, purpose=None):
         seen.append((task.name, cfg.learning_rate, cfg.held_out))
         return {"value": scores.get((task.name, cfg.learning_rate), 0.1), "best_value": 0, "examples": 1, "trainable": 1, "seconds": 1, "peak_memory": 1,
-                "settings": {"held_out": False}, "predictions": [0], "labels": [0]}
+                "standard_error": 0.1, "settings": {"held_out": False}, "predictions": [0], "labels": [0]}
 
     monkeypatch.chdir(toys)
     monkeypatch.setattr(train, "attempt", instead)
@@ -189,13 +193,57 @@ def test_data_dir_is_for_the_tasks_that_read_it(toys, tmp_path, monkeypatch):
     assert seen == [("sst2", "here"), ("sarcasm", None), ("sarcasm", "here")], "where none reads it, load_task says so"
 
 
-def test_one_task_twice_is_one_line(toys, tmp_path, capsys):
+@pytest.mark.parametrize("second, name", [("pairs:max_steps=3", "pairs"), ("mean", "mean")])
+def test_two_tables_of_one_name_are_one_line(second, name, toys, tmp_path, monkeypatch, capsys):
+    """A task twice, and a folder called like the table of the means."""
+    shutil.copytree(toys / "pairs", tmp_path / "pairs")
+    shutil.copytree(toys / "pairs", tmp_path / "mean")
+    monkeypatch.chdir(tmp_path)
     args = [a for a in arguments(toys, tmp_path / "out", "lora") if "--task" not in a]
-    assert train.main([*args, f"--task={toys / 'pairs'},{toys / 'pairs'}:max_steps=3"]) == 1
-    assert "two tasks of one name, pairs" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert train.main([*args, f"--task=pairs,{second}"]) == 1
+    assert f"two tables of one name, {name}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", ["sst2:seed=1", "sst2:learning_rate=1", "sst2:depth=2"])
+def test_what_was_run_on_other_data_or_with_another_preset_is_run_again(toys, tmp_path, monkeypatch):
+    calls, original = [], train.train
+    monkeypatch.setattr(train, "train", lambda cfg, task: calls.append(cfg.seed) or original(cfg, task))
+    shutil.copytree(toys / "classification", tmp_path / "data")
+    args = [f"--task={tmp_path / 'data'}" if "--task" in a else a for a in arguments(toys, tmp_path / "out", "dual_lora", "--seeds=1", "--grid=x1")]
+    preset, runs = train.PRESETS["encoder", "any"], []
+    for change in (lambda: None, lambda: None, lambda: monkeypatch.setitem(train.PRESETS, ("encoder", "any"), dataclasses.replace(preset, init_std=0.03)),
+                   lambda: (tmp_path / "data" / "train.jsonl").open("a").write('{"text_a": "a good film", "label": 1}\n')):
+        change()
+        assert train.main(args) == 0
+        runs.append(len(calls))
+    assert runs == [1, 1, 2, 3]
+
+
+def test_options_of_the_task_reach_the_methods_that_have_them_and_no_other(toys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda cfg, task: seen.append(cfg) or (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.chdir(toys)
+    args = [a for a in arguments(toys, tmp_path, "lora,dual_lora,full", "--seeds=1", "--grid=x1") if "--task" not in a]
+    assert train.main([*args, "--task=classification:r=4:init_std=0.01,pairs"]) == 0
+    assert [(cfg.method, cfg.r, cfg.init_std) for cfg in seen] == [("lora", 4, None), ("dual_lora", 4, 0.01), ("full", None, None)] + [
+        (method, None, None) for method in ("lora", "dual_lora", "full")]
+
+
+@pytest.mark.parametrize("options, methods, words", [
+    ("max_steps=-3", "lora", "--max_steps=-3: it should be at least 1"), ("r=3", "lora,dual_lora", "--r=3: Dual LoRA halves it"), ("epochs=1", "lora", "give one of them"),
+    ("r=4", "lora,lora:r=8", "r is an option of the task pairs and of the method lora:r=8"), ("ste=soft", "dual_lora", "clip, xnor, identity")])
+def test_options_of_a_task_are_checked_before_anything_runs(options, methods, words, toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(toys)
+    args = [a for a in arguments(toys, tmp_path / "out", methods) if "--task" not in a]
+    assert train.main([*args, f"--task=pairs:{options}"]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_odd_rank_is_for_methods_that_do_not_halve_it(toys, tmp_path):
+    assert train.parse(arguments(toys, tmp_path, "lora,dora", "--r=5")).r == 5
+
+
+@pytest.mark.parametrize("task", ["sst2:seed=1", "sst2:learning_rate=1", "sst2:depth=2", "sst2:held_out=true"])
 def test_an_option_that_no_task_can_have_is_one_line(task, toys, tmp_path, capsys):
     args = [a for a in arguments(toys, tmp_path / "out", "lora") if "--task" not in a]
     assert train.main([*args, f"--task={task}"]) == 1
@@ -204,7 +252,10 @@ def test_an_option_that_no_task_can_have_is_one_line(task, toys, tmp_path, capsy
 
 @pytest.mark.parametrize("methods, more, words", [
     ("lora,qlora", (), "--method=qlora: choose from"), ("lora:depth=3", (), "'depth=3' is no option of a method"), ("lora:r1=4", (), "--r1=4 does nothing with --method=lora"),
-    ("lora:seed=3", (), "no option of a method"), ("lora,lora", (), "lora is there twice"), ("lora:r=x", (), "--r=x: it should be a whole number"),
+    ("lora:seed=3", (), "no option of a method"), ("lora,full:metric=f1", (), "'metric=f1' is no option of a method"), ("lora:protocol=instruct", (), "no option of a method"),
+    ("lora:held_out=true", (), "no option of a method"), ("lora:eval_examples=3", (), "no option of a method"), ("lora:eval_only=true", (), "no option of a method"),
+    ("lora,dora", ("--ste=xnor",), "--ste=xnor does nothing with --methods=lora,dora"), ("full", ("--r=4",), "--r=4 does nothing with --methods=full"),
+    ("lora,dual_lora", ("--r=5",), "--r=5: Dual LoRA halves it"), ("lora", ("--learning_rate=0.1", "--grid=x1"), "give one of them"), ("lora,lora", (), "lora is there twice"), ("lora:r=x", (), "--r=x: it should be a whole number"),
     ("lora", ("--grid=1e-3,x",), "--grid=1e-3,x: 'x' is no learning rate"), ("lora", ("--grid=x0",), "'x0' is no learning rate above 0"), ("lora", ("--grid=inf",), "'inf'"), ("lora", ("--seeds=0",), "at least 1"), ("lora", ("--method=dora",), "--methods")])
 def test_what_cannot_be_compared_is_one_line(methods, more, words, toys, tmp_path, capsys):
     assert train.main(arguments(toys, tmp_path / "out", methods, *more)) == 2

@@ -44,6 +44,24 @@ def test_unfinished_runs_and_runs_of_the_grid_are_left_out_and_other_options_do_
     assert draw.runs_of(tmp_path)["classification"]["lora"] == [folder], "of other options the latest"
 
 
+def test_methods_come_in_the_comparisons_order_whichever_ran_first(compared, tmp_path):
+    shutil.copytree(compared, tmp_path / "out")
+    tables = json.loads((compared / "compare.json").read_text())
+    tables["classification"].reverse()
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(tables))
+    assert list(draw.runs_of(compared)["classification"]) == ["lora", "dual_lora", "full"]
+    assert list(draw.runs_of(tmp_path / "out")["classification"]) == ["full", "dual_lora", "lora"]
+
+
+def test_a_comparison_on_held_out_data_is_drawn_too(toys, tmp_path, capsys):  # noqa: F811
+    assert train.main([f"--model={toys / 'bert'}", f"--task={toys / 'classification'}", "--methods=lora,dual_lora:direction=none", "--seeds=2", "--held_out=true",
+                       f"--out_dir={tmp_path}", "--grid=x1", *[option for option in SETTINGS if "learning_rate" not in option]]) == 0
+    assert {arm: len(folders) for arm, folders in draw.runs_of(tmp_path)["classification"].items()} == {"lora": 2, "dual_lora-direction=none": 2}
+    pytest.importorskip("matplotlib")
+    draw.main([str(tmp_path)])
+    assert (tmp_path / "inside.png").exists() and not (tmp_path / "signs.png").exists(), "where no Sign is part of dW, there is none to draw"
+
+
 def test_the_inside_of_a_run_is_its_reports(compared):
     folder = draw.runs_of(compared)["classification"]["dual_lora"][0]
     lines = [line for line in draw.read_lines(folder) if "layers" in line]

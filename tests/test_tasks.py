@@ -192,3 +192,5 @@ def test_published_tasks_have_their_official_counts(name):
 def test_the_majority_is_the_training_datas():
     task = tasks.Task("t", "classification", 2, "accuracy", "", [GOOD, GOOD, {**GOOD, "label": 0}], [GOOD, {**GOOD, "label": 0}, {**GOOD, "label": 0}], [])
     assert majority_score(task) == pytest.approx(1 / 3)
+    task.validation = [{**GOOD, "set": "a"}, *[{**GOOD, "label": 0, "set": "b"}] * 3]
+    assert majority_score(task) == 0.5, "over parts the mean, as the number that it stands beside"

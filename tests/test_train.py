@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import dual_lora
 import train
 from data import batches, instruct
 from data.gguf import write_safetensors
-from data.tasks import load_task
+from data.tasks import TASKS, load_task
 from data.tokenizer import Tokenizer, byte_alphabet
 from dual_lora import load_adapter
 from model import BERT_NAMES, DEBERTA_NAMES, GPT, LLAMA_NAMES, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
@@ -165,6 +166,45 @@ def test_under_instruct_the_training_text_begins_with_the_evaluations_prompt_and
             assert boundary == (1 if on_prompt else n) and raw["instruction"] in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_under_llm_adapters_the_row_is_the_joint_texts_own_tokens(on_prompt, toys, tmp_path):
+    """Their template ends in spaces, and the last one makes a token with the response's first word; the loss is on as many as are left."""
+    spec = load_task(str(toys / "instruct"))
+    shutil.copytree(toys / "llama", tmp_path / "llama")
+    content = json.loads((tmp_path / "llama" / "tokenizer.json").read_text())
+    content["model"]["vocab"].update({"Ġt": 258, "ĠĠ": 259})
+    content["model"]["merges"] = ["Ġ t", "Ġ Ġ"]
+    (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer(tmp_path / "llama")
+    for example, raw in zip(train.encode_examples(spec, spec.train[:5], tokenizer, True, 1000, "llm_adapters", on_prompt), spec.train):
+        prompt = instruct.prompt(raw["instruction"], "llm_adapters", training=True)
+        (ids, boundary), = example.rows
+        assert ids[:-1] == tokenizer.encode(prompt + raw["output"]) != tokenizer.encode(prompt) + tokenizer.encode(raw["output"])
+        assert ids[-1] == tokenizer.eos and boundary == (1 if on_prompt else len(tokenizer.encode(prompt)))
+
+
+def test_near_duplicates_are_not_held_out_from_each_other(toys):
+    task = load_task(str(toys / "classification"))
+    plain = train.hold_out(task)
+    task.key = lambda example: example["text_a"].split()[0]
+    held = train.hold_out(task)
+    for whole in (plain, held):
+        assert sorted(map(json.dumps, whole.train + whole.validation)) == sorted(map(json.dumps, task.train)) and len(whole.validation) >= 6
+    twins = [{task.key(example) for example in whole.train} & {task.key(example) for example in whole.validation} for whole in (plain, held)]
+    assert twins[0] and not twins[1]
+    assert all(TASKS[name].key for name in ("sarcasm", "quartz")), "which bring their keys"
+
+
+def test_of_a_mean_over_parts_the_standard_error_is_that_of_the_mean(toys, tmp_path):
+    task, examples = load_task(str(toys / "instruct")), [batches.Example([], 0, set=name) for name in ["a"] * 100 + ["b"] * 25]
+    values = {"accuracy": 0.65, "accuracy_a": 0.5, "accuracy_b": 0.8}
+    assert train.error_of(task, values, examples) == pytest.approx((0.25 / 100 + 0.16 / 25) ** 0.5 / 2)
+    assert train.error_of(task, {"accuracy": 0.5}, examples[:100]) == pytest.approx(0.05)
+    assert train.error_of(dataclasses.replace(task, metric="f1"), {"f1": 0.5}, examples[:100]) is None
+    final = run(toys, tmp_path, "llama", "instruct")[-1]
+    assert final["standard_error"] == train.error_of(task, final["validation"], [batches.Example([], 0, set=example["set"]) for example in task.validation])
+
+
 def test_parts_of_the_validation_data_are_scored_apart_and_averaged(toys, tmp_path, capsys):
     values = run(toys, tmp_path, "llama", "instruct")[-1]["validation"]
     assert values["accuracy"] == pytest.approx((values["accuracy_piqa"] + values["accuracy_winogrande"]) / 2)
@@ -223,9 +263,10 @@ def test_frozen_weights_in_bfloat16_train_and_adapters_stay_float32(toys, tmp_pa
     ("bert", "choice", "--protocol=instruct", "--protocol=instruct is for a GPT on multiple choice"),
     ("llama", "choice", "--protocol=instruct", 'examples without "instruction"'), ("bert", "classification", "--eval_only=true", "untrained head"),
     ("bert", "classification", "--metric=pearson", "--metric=pearson: classification has accuracy, matthews, f1"),
+    ("llama", "instruct", "--protocol=instruct --max_length=1000", "1024 positions, 32 of them for the answer"),
     ("llama", "choice", "--metric=f1", "--metric=f1: choice has accuracy"), ("bert", "classification", "--data_dir=x", "--data_dir=x does nothing")])
 def test_what_does_not_fit_together_is_one_line(model, task, option, words, toys, tmp_path, capsys):
-    assert train.main([*arguments(toys, tmp_path / "out", model, task), option]) == 1
+    assert train.main([*arguments(toys, tmp_path / "out", model, task), *option.split()]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -355,7 +396,7 @@ def test_gpt_rows_keep_the_answer_and_the_prompts_end():
     assert batches.gpt_row(tokenizer, [1, 2], [4, 5, 6, 7, 8], 4) == ([1, 2, 4, 5], 2)
     assert batches.gpt_row(tokenizer, [], [8], 9) == ([3, 8], 1), "something must come before the first answer token"
     tokenizer.bos, tokenizer.add_bos = 7, True
-    assert batches.gpt_row(tokenizer, [1, 2, 3], [8], 4) == ([7, 2, 3, 8], 3) and batches.gpt_row(tokenizer, [], [8], 4)[0] == [7, 7, 8]
+    assert batches.gpt_row(tokenizer, [1, 2, 3], [8], 4) == ([7, 2, 3, 8], 3) and batches.gpt_row(tokenizer, [], [8], 4) == ([7, 8], 1)
 
 
 def test_very_long_and_empty_texts_are_fine(toys, tmp_path):
@@ -471,7 +512,8 @@ def test_the_learning_rate_rises_then_falls_to_zero_and_is_what_the_optimizer_us
     run(toys, tmp_path, "bert", "classification", "lora", "--max_steps=8", "--lr_warmup_steps=4")
     assert all(len(rates) == 1 for rates in used)
     used = [rates.pop() for rates in used]
-    assert used == pytest.approx([0.01 * min(1, (s + 1) / 4) * (1 - s / 8) for s in range(8)]) and used[0] < max(used) > used[-1] > 0
+    assert used == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025]), "the peak is reached"
+    assert train.rate(train.Config(learning_rate=1.0, lr_warmup_steps=9, max_steps=8), 7) == pytest.approx(8 / 9)
 
 
 def test_a_finished_run_resumed_is_finished(toys, tmp_path, capsys):
@@ -479,6 +521,15 @@ def test_a_finished_run_resumed_is_finished(toys, tmp_path, capsys):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     run(toys, tmp_path, "bert", "classification", "dual_lora", "--resume=true")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and (tmp_path / "adapter.pt").exists()
+
+
+def test_a_run_that_ended_inside_the_warmup_is_resumed_with_dW_as_it_stood(toys, tmp_path):
+    args = [*arguments(toys, tmp_path), "--warmup_steps=30"]
+    first = train.train(train.parse(args))
+    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    again = train.train(train.parse([*args, "--resume=true"]))
+    assert torch.load(tmp_path / "adapter.pt", weights_only=True)["layers"] == saved["layers"] and "0.2" in str(saved["layers"])
+    assert again["predictions"] == first["predictions"] and again["report"]["relative_norm"] == first["report"]["relative_norm"] < 0.03
 
 
 def test_a_killed_process_resumes_to_the_same_file(toys, tmp_path):
