@@ -33,6 +33,7 @@ import copy
 import importlib
 import io
 import math
+import numbers
 import os
 from typing import Optional
 
@@ -117,7 +118,9 @@ class AdaptedLinear(nn.Linear):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.in_features, self.out_features = in_and_out(linear)
         self.dropout = dropout
-        self.config = dict(config, dropout=dropout)  # what rebuilds this adapter from its file
+        # What rebuilds this adapter from its file, in plain numbers: NumPy's are nothing that torch.load would take.
+        self.config = {name: float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
+                       for name, value in dict(config, dropout=dropout).items()}
         # The layer as it was, without its tensors, for merge_adapters to put back; in a tuple, since it is no submodule.
         shell = copy.copy(linear)
         shell._parameters = {}
@@ -152,7 +155,15 @@ class AdaptedLinear(nn.Linear):
             narrowed = out.is_floating_point() and out.dtype.itemsize < 4
             return t.to(out.device) if narrowed and any(t is k for k in kept) else out
 
-        return super()._apply(keep_float32, recurse)
+        was_meta = self.weight.is_meta
+        super()._apply(keep_float32, recurse)
+        if was_meta and not self.weight.is_meta:
+            self.reset()  # after to_empty, what no state dict holds would be whatever lay in memory
+        return self
+
+    def reset(self):
+        """Counters as after construction."""
+        self.mark_start()
 
     def plain_layer(self, weight):
         """The layer that was taken over, class and layout, with `weight` (out, in) in its place; frozen as it is here."""
@@ -192,11 +203,17 @@ class DualLoRALinear(AdaptedLinear):
         self.scaling = alpha / math.sqrt(r1 * r2)
         self.ste, self.magnitude, self.direction = ste, magnitude, direction
         device, o, i = self.weight.device, self.out_features, self.in_features
-        self.register_buffer("warmup", torch.ones((), device=device), persistent=False)
+        self.register_buffer("warmup", torch.ones((), dtype=torch.float32, device=device), persistent=False)
         self.off = False  # warmup == 0, noted where asking the tensor would make a GPU wait
         self.register_buffer("clip_count", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)  # cut, seen
         # A and B must not start at zero; see "Step 0" at the top.
         self.add_adapters(A=draw(init_std, r1, i), B=draw(init_std, o, r1), C=draw(init_std, r2, i), D=draw(init_std, o, r2))
+
+    def reset(self):
+        self.warmup.fill_(1)
+        self.clip_count.zero_()
+        self.off = False
+        super().reset()
 
     def delta_weight(self):
         """dW (out, in) in the adapters' dtype, warm-up included, differentiable: the formula as the paper prints it."""
@@ -424,8 +441,9 @@ def apply_adapters(model, targets, layer=DualLoRALinear, **kwargs):
 
     targets: a name or several; each matches modules whose name's last component, or dotted suffix, is exactly that ("q_proj",
     "attn.c_attn"). Adapters from an earlier call stay trainable. ValueError (TypeError for a quantised weight), before anything
-    in the model has changed, for a target that matches no linear layer, a layer that has an adapter already, whose weight is
-    shared, or whose owner reads `.weight` itself, and for settings that `layer` refuses.
+    in the model has changed, for a target that matches no linear layer, a layer that has an adapter or hooks already, whose weight
+    is shared, or whose owner is of torch's two that read `.weight` themselves (another such owner shows as `unmoved` in
+    adapter_report), and for settings that `layer` refuses.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and is_linear(m)}
@@ -446,8 +464,8 @@ def set_warmup(model, factor):
     if not layers:
         raise ValueError("set_warmup found no Dual LoRA layer: call apply_adapters first")
     for layer in layers:
-        layer.warmup.fill_(factor)
-        layer.off = factor == 0
+        layer.warmup.fill_(float(factor))
+        layer.off = bool(factor == 0)
 
 
 def adapter_state_dict(model):
@@ -459,8 +477,14 @@ def adapter_state_dict(model):
 def save_adapter(model, path):
     """Write adapter_state_dict(model) and what rebuilds the adapters (targets, settings, warm-up factor) to `path`.
 
-    Whole or not at all: an OSError leaves no file, or the old one. ValueError when there is nothing to save.
+    Whole or not at all: an OSError leaves no file, or the old one. ValueError when there is nothing to save, or where a layer is of
+    a class that load_adapter would not know.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    for name, layer in adapted_layers(model, or_none=True).items():
+        if layer_classes().get(type(layer).__name__) is not type(layer):
+            raise ValueError(f"{name} is a {type(layer).__name__}, which load_adapter does not know; it knows {', '.join(layer_classes())}")
     layers = {name: {"layer": type(m).__name__, "settings": m.config, "warmup": float(getattr(m, "warmup", 1.0))}
               for name, m in adapted_layers(model, or_none=True).items()}
     state = {name: value.cpu() for name, value in adapter_state_dict(model).items()}
@@ -617,7 +641,8 @@ def training_cost(model, step):
     passes, pass_bytes    reads and writes, outside of these products, of matrices that have the shape of an adapted layer's weight
     weight_bytes, training_bytes    of parameters and buffers; of the trainable ones' gradients and AdamW's two moments
     The step is traced on tensors without memory (torch's FakeTensorMode), so that a model need not fit, nor anything change. It may
-    ask for no tensor's value. For an operator here that works through a block of rows at a time, what enters and leaves it counts.
+    ask for no tensor's value, and checkpointing must be the kind with use_reentrant=False: the other one hides its backward pass. For
+    an operator here that works through a block of rows at a time, what enters and leaves it counts.
     """
     tensors = [*model.parameters(), *model.buffers()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -684,8 +709,8 @@ def is_adapter(name):
 
 
 def plain_name(name):
-    """A parameter's or module's name without what torch.compile(model) puts before it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's or module's name without what torch.compile and torch's checkpoint_wrapper put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def in_and_out(linear):
@@ -720,15 +745,19 @@ def install(model, chosen):
     all, then changes the model: freezes what is no adapter, and swaps."""
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {}
+
+    def identity(p):  # two Parameters may share their memory
+        return id(p) if p.is_meta or not p.numel() else (p.data_ptr(), p.shape)
+
     for name, module in modules.items():
         for key, p in module.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append(f"{name}.{key}")
+            owners.setdefault(identity(p), []).append(f"{name}.{key}")
     for name in chosen:
         check_base(name, modules[name])
         check_owner(name, modules[name.rpartition(".")[0]])
-        if len(owners[id(modules[name].weight)]) > 1:
-            raise ValueError(f"{name}: its weight is shared ({' and '.join(owners[id(modules[name].weight)])}), "
-                             f"and an adapter on one would not reach the other")
+        shared = owners[identity(modules[name].weight)]
+        if len(shared) > 1:
+            raise ValueError(f"{name}: its weight is shared ({' and '.join(shared)}), and an adapter on one would not reach the other")
     layers = {name: cls(modules[name], **settings) for name, (cls, settings) in chosen.items()}
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name) and p.requires_grad)
@@ -748,6 +777,8 @@ def check_base(name, module):
         raise TypeError(f"{name}: weight is {str(module.weight.dtype).removeprefix('torch.')}: dequantise first")
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         raise ValueError(f"{name}: {type(module).__name__} computes its forward pass in its own way, which an adapter would replace")
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"{name} has hooks, such as a device_map over several devices attaches, and an adapter would lose them: remove them first")
 
 
 def check_owner(name, owner):
@@ -775,9 +806,12 @@ def save_atomically(content, path):
         raise
 
 
+def layer_classes():
+    return {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
+
+
 def read_adapter(path):
     """({layer's name: (class, settings, warm-up factor)}, {name: tensor}) of an adapter file; ValueError if it is not a whole one."""
-    classes = {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
     with open(path, "rb") as file:
         whole = io.BytesIO(file.read())
     try:
@@ -787,7 +821,7 @@ def read_adapter(path):
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        layers = {name: (classes[row["layer"]], row["settings"], row["warmup"]) for name, row in content["layers"].items()}
+        layers = {name: (layer_classes()[row["layer"]], row["settings"], row["warmup"]) for name, row in content["layers"].items()}
         for cls, settings, factor in layers.values():
             between("the warm-up factor", factor, 0, 1, "from 0 to 1")
             cls(nn.Linear(1, 1, device="meta"), **settings)  # settings that make no sense are refused here
@@ -811,7 +845,7 @@ def positive(name, value):
 
 
 def between(name, value, low, high, meaning, top=True):
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not (low <= value < high or (top and value == high)):
         raise ValueError(f"{name} is {value!r}: it should be {meaning}")
 
@@ -903,7 +937,7 @@ def can_fuse(weight, A, B, C, D, dtype):
     """Whether the kernels below can take these tensors. `dual_lora.triton = None` does without them."""
     return (triton is not None and B.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(B.device) >= (8, 0)
             and max(A.shape[0], C.shape[0]) <= FUSED_RANK
-            and all(M.dtype == torch.float32 and M.is_contiguous() for M in (A, C))
+            and all(M.dtype == torch.float32 and M.is_contiguous() for M in (A, B, C, D))
             and all(t in (torch.float32, torch.bfloat16, torch.float16) for t in (dtype, dtype if weight is None else weight.dtype)))
 
 

@@ -305,9 +305,11 @@ class GPT(nn.Module):
         """Greedy continuation of idx (B, T), padded on the left where mask (B, T) is False: new ids (B, at most max_new_tokens).
 
         It ends when every row has given `stop`, a token id, and after it a row holds nothing but that. Where dynamic or longrope
-        scaling sets in on the way, earlier keys keep their rotation.
+        scaling sets in on the way, earlier keys keep their rotation. ValueError for padding on the right.
         """
         mask = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask.bool()
+        if not mask[:, -1].all():
+            raise ValueError("a row ends in padding, from which nothing can be continued: pad on the left")
         cache, new, ended = [[] for _ in self.layers], [], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             token = self.lm_head(self.hidden(idx, mask, cache)[:, -1]).argmax(-1)  # (B,)
@@ -317,7 +319,7 @@ class GPT(nn.Module):
             if ended.all():
                 break
             idx, mask = token[:, None], F.pad(mask, (0, 1), value=True)
-        return torch.stack(new, dim=1)
+        return torch.stack(new, dim=1) if new else idx[:, :0]
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dtype=torch.float32, device="cpu"):
@@ -666,7 +668,7 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None)
         from data.download import model_folder
         folder = model_folder(folder)
     family, config, _ = read_config(os.path.join(folder, "config.json"))
-    found, _, _, _, _, _ = family
+    found = family[0]
     if cls is not None and cls is not found:
         raise ValueError(f"{folder} holds a model for {found.__name__}.from_pretrained, not {cls.__name__}.from_pretrained")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
@@ -699,7 +701,7 @@ def read_config(path):
 
 @torch.no_grad()
 def fill(model, family, tensors):
-    """Copy every (name, tensor, file) into its parameter; each parameter exactly once."""
+    """Copy every (name, tensor, file) into its parameter, until all are filled."""
     _, _, names, prefix, extras, turn = family
     theirs = {}
     for i in range(len(model.layers)):
@@ -721,9 +723,11 @@ def fill(model, family, tensors):
             if piece.shape != parameters[target].shape:
                 raise ValueError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, which does not fit "
                                  f"{target} {tuple(parameters[target].shape)}")
+            if id(parameters[target]) in filled and not torch.equal(parameters[target], piece.to(parameters[target])):
+                raise ValueError(f"{path}: tensor {name!r} is the second one for {target}, and another")
             parameters[target].copy_(piece)
-            filled.add(target)
-    missing = [name for name, _ in model.named_parameters() if name not in filled]
+            filled.add(id(parameters[target]))  # a tied one has two names, and either will do
+    missing = [name for name, p in model.named_parameters() if id(p) not in filled]
     if missing:
         raise ValueError(f"{', '.join(sorted(set(files)))}: no tensor for {', '.join(missing[:3])}"
                          + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""))
@@ -767,7 +771,9 @@ def read_safetensors(path):
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             rows = [(name, row["dtype"], row["shape"], *row["data_offsets"]) for name, row in header.items()]
-            end = max((row[4] for row in rows), default=0)
+            if not rows:
+                raise ValueError("it holds no tensor")
+            end = max(row[4] for row in rows)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is cut short, or no safetensors file ({error})") from None
         if 8 + length + end != size:
@@ -793,4 +799,6 @@ def read_pickle(path):
         rows = [(name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)]
     except Exception as error:
         raise ValueError(f"{path} is cut short, or no file of weights ({type(error).__name__})") from None
+    if not rows:
+        raise ValueError(f"{path} holds no tensor" + (f", but {', '.join(map(str, list(state)[:3]))}: save what its model is in alone" if state else ""))
     yield from rows

@@ -8,7 +8,7 @@ TinyLlama, DeBERTa-v2 and -v3) is in spm.py. All give what the field's `tokenize
 on purpose: text that spells a special token ("[SEP]", "<|endoftext|>") is text. Control tokens come from the program, never from
 a headline that happens to contain them. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
 A folder with more than one form is read from vocab.txt, else tokenizer.json, else vocab.json and merges.txt, else the .model file.
-Left out: Unigram from tokenizer.json (DeBERTa-v3 needs its spm.model), and .model files of other families, whose ids are shifted.
+Left out: finding tokens that someone added to a published vocabulary, which are spelt by the others; Unigram from tokenizer.json (DeBERTa-v3 needs its spm.model), and .model files of other families, whose ids are shifted.
 """
 import base64
 import json
@@ -67,15 +67,15 @@ def read_model(folder, spec, settings):
     added = read_json(folder / "added_tokens.json")
     added.update({token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()})
     if (folder / "vocab.txt").is_file():
-        return WordPiece(read_vocab(folder / "vocab.txt"), settings, folder / "vocab.txt")
+        return WordPiece({**added, **read_vocab(folder / "vocab.txt")}, settings, folder / "vocab.txt")
     if "merges" in model and "▁" in model["vocab"]:
         return MetaspaceBPE(spec, where)
+    own = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
     if "merges" in model:
-        own = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
         return ByteBPE(model["vocab"], model["merges"], pattern_of(spec, folder), own, prefix_space(spec), where,
                        bool(model.get("ignore_merges")))
     if model.get("type") == "WordPiece":
-        return WordPiece(model["vocab"], wordpiece_settings(spec, where), where)
+        return WordPiece({**own, **model["vocab"]}, wordpiece_settings(spec, where), where)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab, merges = read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")
         if len(vocab) > 1.01 * len(merges) + 256 + 16:

@@ -642,6 +642,76 @@ def test_tied_shared_quantised_computed_and_special_weights_are_refused():
         apply_adapters(special, ["q_proj"])
     with pytest.raises(TypeError, match="Conv2d"):
         DualLoRALinear(nn.Conv2d(1, 1, 1))
+    copied = nn.ModuleDict({"embed": nn.Embedding(8, 4), "lm_head": nn.Linear(4, 8, bias=False)})
+    copied["lm_head"].weight = nn.Parameter(copied["embed"].weight.data)
+    with leaves_unchanged(copied), pytest.raises(ValueError, match="embed.weight and lm_head.weight"):
+        apply_adapters(copied, ["lm_head"])
+
+
+@pytest.mark.parametrize("kind", ["own forward", "hook", "pre-hook"])
+def test_a_layer_with_hooks_is_refused_since_it_would_lose_them(kind):
+    """accelerate's device_map puts a forward of its own into the layer, bound to the layer: merged, it would run the old weight."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+    layer = model["q_proj"]
+    if kind == "own forward":
+        layer.forward = layer.forward
+    else:
+        (layer.register_forward_hook if kind == "hook" else layer.register_forward_pre_hook)(lambda *args: None)
+    with leaves_unchanged(model), pytest.raises(ValueError, match="q_proj has hooks.*remove them first"):
+        apply_adapters(model, ["q_proj"])
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_model_made_without_memory_is_whole_after_to_empty_and_its_state_dict(cls):
+    model = apply_adapters(Net(), ["up_proj"], layer=cls)
+    with torch.device("meta"):
+        empty = apply_adapters(Net(), ["up_proj"], layer=cls)
+    empty = empty.to_empty(device="cpu")
+    for p in [*empty.parameters(), *empty.buffers()]:
+        assert p.is_cpu
+    empty.load_state_dict(model.state_dict())
+    x = torch.randn(2, 32)
+    assert torch.equal(empty(x), model(x)) and adapter_report(empty)["up_proj"]["relative_norm"] == adapter_report(model)["up_proj"]["relative_norm"]
+
+
+def test_defaults_of_the_process_do_not_reach_the_adapters():
+    expected = make(r1=3, r2=5, std=0.1).delta_weight()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = make(r1=3, r2=5, std=0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.warmup.dtype == torch.float32 and torch.equal(layer.delta_weight(), expected)
+    torch.set_default_device("meta")
+    try:
+        layers = [cls(nn.Linear(4, 4, device="cpu")) for cls in LAYERS]
+    finally:
+        torch.set_default_device(None)
+    assert all(p.is_cpu for layer in layers for p in layer.parameters())
+
+
+def test_numpys_numbers_are_numbers_and_the_file_can_be_read(tmp_path):
+    np = pytest.importorskip("numpy")
+    model = apply_adapters(Net(), ["up_proj"], alpha=np.float64(8), init_std=np.float64(0.1), dropout=np.float32(0.25))
+    set_warmup(model, np.float32(0.5))
+    save_adapter(model, tmp_path / "a.pt")
+    again = load_adapter(Net(), tmp_path / "a.pt").up_proj
+    assert (again.config["alpha"], again.config["init_std"], again.config["dropout"], again.warmup.item()) == (8, 0.1, 0.25, 0.5)
+
+
+def test_what_wraps_a_model_leaves_no_trace_in_its_file_and_what_could_not_be_read_back_is_not_written(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    model = nn.Sequential(apply_adapters(Net(), ["up_proj"]))
+    for name, wrapped in (("parallel", nn.DataParallel(model)), ("checkpointed", nn.Sequential(checkpoint_wrapper(model[0])))):
+        save_adapter(wrapped, tmp_path / name)
+        assert torch.equal(load_adapter(nn.Sequential(Net()), tmp_path / name)[0].up_proj.lora_B, model[0].up_proj.lora_B)
+
+    class Mine(DualLoRALinear):
+        pass
+
+    with pytest.raises(ValueError, match="up_proj is a Mine, which load_adapter does not know; it knows DualLoRALinear"):
+        save_adapter(apply_adapters(Net(), ["up_proj"], layer=Mine), tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
 
 
 def test_the_draw_depends_on_the_seed_alone():

@@ -482,6 +482,31 @@ def test_gpt2s_fused_projection_is_split_and_turned(folder):
     assert torch.equal(attention.v_proj.bias, tensors["h.0.attn.c_attn.bias"][16:])
 
 
+def test_a_tied_weight_may_lie_under_either_name_or_both(folder):
+    path, tensors = folder
+    for change in (lambda t: t.update({"lm_head.weight": t["wte.weight"]}), lambda t: t.pop("wte.weight")):
+        expected = tensors["wte.weight"]
+        change(tensors)
+        write(path / "model.safetensors", tensors)
+        assert torch.equal(GPT.from_pretrained(path).embed.weight, expected)
+        tensors["wte.weight"] = expected
+
+
+def test_weights_inside_of_a_checkpoint_are_told_from_damage(folder):
+    path, tensors = folder
+    (path / "model.safetensors").unlink()
+    torch.save({"model": tensors, "step": 3}, path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds no tensor, but model, step"):
+        GPT.from_pretrained(path)
+
+
+def test_generating_after_padding_on_the_right_is_refused_and_no_token_is_none():
+    model, idx = tiny_gpt().eval(), torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(idx, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    assert model.generate(idx, max_new_tokens=0).shape == (2, 0)
+
+
 def test_an_embedding_that_is_shared_stays_shared(folder):
     model = GPT.from_pretrained(folder[0])
     assert model.lm_head.weight is model.embed.weight and "lm_head.weight" not in dict(model.named_parameters())
@@ -493,7 +518,9 @@ def test_an_embedding_that_is_shared_stays_shared(folder):
     (lambda t: t.update({"h.1.ln_1.weight": torch.zeros(8)}), "'h.1.ln_1.weight'"),
     (lambda t: t.update({"wte.weight": torch.zeros(20, 7)}), r"'wte.weight' has shape \(20, 7\).*\(20, 8\)"),
     (lambda t: t.update({"h.0.attn.c_attn.weight": torch.zeros(8, 23)}), r"c_attn.weight' has shape \(8, 23\)"),
-    (lambda t: t.update({"ln_f.bias": torch.zeros(())}), "ln_f.bias")])
+    (lambda t: t.update({"ln_f.bias": torch.zeros(())}), "ln_f.bias"), (lambda t: t.clear(), "it holds no tensor"),
+    (lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1}), "'lm_head.weight' is the second one for lm_head.weight, and another"),
+    (lambda t: t.update({"transformer.wte.weight": t["wte.weight"] * 0}), "the second one for embed.weight")])
 def test_missing_extra_and_misshapen_tensors_are_named_with_their_file(folder, change, words):
     path, tensors = folder
     change(tensors)

@@ -102,6 +102,13 @@ def test_wordpiece_equals_the_reference(settings, tmp_path):
     assert_equal(Tokenizer(tmp_path), theirs)
 
 
+def test_a_token_added_to_a_wordpiece_vocabulary_has_its_id(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PADX]", "added_tokens_decoder": {"9": {"content": "[PADX]"}, "1": {"content": "[CLS]"}}}')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.pad, tokenizer.cls, tokenizer.decode([9])) == (9, 1, "[PADX]")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["minilm", "smollm2", "bert", "gpt2"])
 def test_every_code_point_equals_the_reference(kind, tmp_path):
