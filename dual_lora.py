@@ -7,8 +7,8 @@
     direction group C (r2, in), D (out, r2)    Sign(DC): forward (+1) or back (-1)
 
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402.
-LoRA's update BA has rank r. Here BA and DC have low rank too, but ReLU and Sign act on each entry, and their product is close
-to full rank at LoRA's number of parameters (r1 = r2 = r / 2). Without ReLU and without Sign it is LoHa (FedPara).
+LoRA's update BA has rank r. Here BA and DC have low rank too, but ReLU and Sign act on each entry, and their product has not,
+at LoRA's number of parameters (r1 = r2 = r / 2). Without ReLU and without Sign it is LoHa (FedPara).
 
 Step 0. LoRA starts at dW = 0 by B = 0. Here that would be the end: ReLU'(0) = 0, so with B = 0 (or A = 0) no gradient would
 ever reach A or B. All four matrices are drawn from N(0, init_std^2), dW is not zero, and a factor that grows from 0 to 1 over
@@ -117,7 +117,7 @@ class AdaptedLinear(nn.Linear):
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.in_features, self.out_features = in_and_out(linear)
-        self.dropout = dropout
+        self.dropout = float(dropout)
         # What rebuilds this adapter from its file, in plain numbers: NumPy's are nothing that torch.load would take.
         self.config = {name: float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
                        for name, value in dict(config, dropout=dropout).items()}
@@ -482,11 +482,12 @@ def save_adapter(model, path):
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
-    for name, layer in adapted_layers(model, or_none=True).items():
+    adapted = adapted_layers(model, or_none=True)
+    for name, layer in adapted.items():
         if layer_classes().get(type(layer).__name__) is not type(layer):
             raise ValueError(f"{name} is a {type(layer).__name__}, which load_adapter does not know; it knows {', '.join(layer_classes())}")
     layers = {name: {"layer": type(m).__name__, "settings": m.config, "warmup": float(getattr(m, "warmup", 1.0))}
-              for name, m in adapted_layers(model, or_none=True).items()}
+              for name, m in adapted.items()}
     state = {name: value.cpu() for name, value in adapter_state_dict(model).items()}
     if not state:
         raise ValueError("the model holds no adapter and nothing trainable: there is nothing to save")

@@ -701,7 +701,7 @@ def read_config(path):
 
 @torch.no_grad()
 def fill(model, family, tensors):
-    """Copy every (name, tensor, file) into its parameter, until all are filled."""
+    """Copy every (name, tensor, file) into its parameter; ValueError where one stays empty, or two tensors for it differ."""
     _, _, names, prefix, extras, turn = family
     theirs = {}
     for i in range(len(model.layers)):

@@ -162,15 +162,13 @@ class Config:
 # Which options do nothing for which methods: set there, they are an error rather than ignored.
 ADAPTER_ONLY = ("targets", "r", "alpha", "dropout", "adapter_weight_decay")
 DUAL_ONLY = ("r1", "r2", "ste", "init_std", "magnitude", "direction", "warmup_steps")
+BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "max_length", "eval_interval")
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 def idle(method):
     """The options that do nothing for a method."""
     return (DUAL_ONLY if method != "dual_lora" else ()) + (ADAPTER_ONLY if method in ("full", "head") else ())
-
-
-BY_PRESET = ("targets", "r", "alpha", "dropout", "init_std", "batch_size", "max_length", "eval_interval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1156,8 +1154,9 @@ def fingerprint(cfg, task):
 
 
 def attempt(cfg, arm, task, folder, purpose=None):
-    """The result of one run, from its file if it has been run, or None if it failed, which is printed and not the others' end."""
-    label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + (f"held-out training data, seed {cfg.seed}" if cfg.held_out else f"seed {cfg.seed}")
+    """The result of one run, from its file if it has been run, or None if it failed, which is printed and not the others' end.
+    `purpose` stands in the folder's name for the seed."""
+    label = f"{task.name}, {arm}, learning rate {cfg.learning_rate:g}, " + "held-out training data, " * cfg.held_out + f"seed {cfg.seed}"
     try:
         place = folder / f"{task.name}-{in_file_names(arm)}-{purpose or cfg.seed}-{fingerprint(cfg, task)}"
         if (place / "result.json").exists():
@@ -1242,7 +1241,7 @@ def markdown(task, table):
     if done is None:
         return f"{task.name}: no run came to an end"
     error = f", standard error of one number {done['standard_error']:.4f}" if done["standard_error"] else ""
-    head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} {examples_of(done['settings'].get('held_out'))}{error}; the most frequent answer scores "
+    head = (f"{task.name}: {task.metric} at the last step on {done['examples']:,} {examples_of(done['settings']['held_out'])}{error}; the most frequent answer scores "
             f"{done['majority']:.4f}. Differences are to {table[0]['method']}, paired by seed.")
     lines = ["| method | trainable | learning rate (of) | seeds | mean ± sd | best | difference | 95 % over seeds | p | 95 % over examples | McNemar p | seeds for 0.5 points | s | MiB |",
              "|" + "---|" * 14]

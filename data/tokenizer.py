@@ -8,7 +8,8 @@ TinyLlama, DeBERTa-v2 and -v3) is in spm.py. All give what the field's `tokenize
 on purpose: text that spells a special token ("[SEP]", "<|endoftext|>") is text. Control tokens come from the program, never from
 a headline that happens to contain them. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
 A folder with more than one form is read from vocab.txt, else tokenizer.json, else vocab.json and merges.txt, else the .model file.
-Left out: finding tokens that someone added to a published vocabulary, which are spelt by the others; Unigram from tokenizer.json (DeBERTa-v3 needs its spm.model), and .model files of other families, whose ids are shifted.
+Left out: finding tokens that someone added to a published vocabulary, which are spelt by the others; Unigram from tokenizer.json
+(DeBERTa-v3 needs its spm.model), and .model files of other families, whose ids are shifted.
 """
 import base64
 import json
