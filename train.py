@@ -138,8 +138,6 @@ def check(cfg):
     for name in idle if layer else idle + ADAPTERS_ONLY:
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
-    if cfg.dropout is not None and cfg.dropout >= 1:
-        raise ValueError(f"--dropout={cfg.dropout}: it should be below 1")
     if cfg.method == "dual_lora" and (cfg.r or 0) % 2:
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
     if cfg.max_steps is not None and cfg.epochs is not None:
@@ -153,44 +151,32 @@ def check(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets: what is not set, by model family and kind of task. The first row that fits is taken.
 
+COMMON = dict(tasks=None, targets="q_proj,v_proj", r=8, alpha=16.0, dropout=0.0, init_std=0.02, scale_warmup_steps=30,
+              lr_warmup_share=0.06, batch_size=32, eval_interval=250)
 PRESETS = [
-    dict(
-        models=("roberta",), tasks=tuple(GLUE),
+    COMMON | dict(
         source="LoRA's for RoBERTa base (2106.09685, table 9), rounded; Dual LoRA at LoRA's learning rate, untuned",
+        models=("roberta",), tasks=tuple(GLUE), alpha=8.0, batch_size=16, max_length=512, scale_warmup_steps=100,
         learning_rate=dict(dual_lora=5e-4, lora=5e-4, dora=5e-4, full=2e-5, linear_probe=5e-3),
-        lr_warmup_share=0.06, scale_warmup_steps=100,
-        targets="q_proj,v_proj", r=8, alpha=8.0, dropout=0.0, init_std=0.02,
-        batch_size=16, max_length=512, eval_interval=250,
         epochs={"mnli": 30, "sst2": 60, "mrpc": 30, "cola": 80, "qnli": 25, "qqp": 25, "rte": 80, "stsb": 40}),
-    dict(
-        models=("deberta", "deberta-v2"), tasks=tuple(GLUE),
+    COMMON | dict(
         source="AdaLoRA's epochs and batch for DeBERTa-v3 base (2303.10512); one learning rate for all tasks, untuned",
+        models=("deberta", "deberta-v2"), tasks=tuple(GLUE), max_length=256, scale_warmup_steps=100, lr_warmup_share=0.1,
         learning_rate=dict(dual_lora=5e-4, lora=5e-4, dora=5e-4, full=2e-5, linear_probe=5e-3),
-        lr_warmup_share=0.1, scale_warmup_steps=100,
-        targets="q_proj,v_proj", r=8, alpha=16.0, dropout=0.0, init_std=0.02,
-        batch_size=32, max_length=256, eval_interval=250,
         epochs={"mnli": 7, "sst2": 24, "mrpc": 30, "cola": 25, "qnli": 5, "qqp": 5, "rte": 50, "stsb": 25}),
-    dict(
-        models=("llama",), tasks=(MIX,),
+    COMMON | dict(
         source="DoRA's for LLaMA-7B (2402.09353), which the paper takes over; Dual LoRA at DoRA's learning rate",
-        learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3),
-        lr_warmup_steps=100, scale_warmup_steps=100,
-        targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05, init_std=0.02,
-        batch_size=16, max_length=256, eval_interval=100_000, epochs=3),
-    dict(
-        models=("bert", "roberta", "deberta", "deberta-v2"), tasks=None,
+        models=("llama",), tasks=(MIX,), targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05,
+        batch_size=16, max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
+        learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
+    COMMON | dict(
         source="ours, chosen for MiniLM on held-out training data (tests/evidence/README.md)",
-        learning_rate=dict(dual_lora=5e-3, lora=5e-3, dora=5e-3, full=1e-4, linear_probe=2e-2),
-        lr_warmup_share=0.06, scale_warmup_steps=30,
-        targets="q_proj,v_proj", r=8, alpha=16.0, dropout=0.0, init_std=0.05,
-        batch_size=32, max_length=128, eval_interval=250, max_steps=500),
-    dict(
-        models=("gpt2", "llama"), tasks=None,
+        models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05, max_length=128, max_steps=500,
+        learning_rate=dict(dual_lora=5e-3, lora=5e-3, dora=5e-3, full=1e-4, linear_probe=2e-2)),
+    COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
-        learning_rate=dict(dual_lora=8e-3, lora=2e-3, dora=4e-3, full=2e-4, linear_probe=5e-3),
-        lr_warmup_steps=0, scale_warmup_steps=30,
-        targets="q_proj,v_proj", r=8, alpha=16.0, dropout=0.0, init_std=0.02,
-        batch_size=32, max_length=256, eval_interval=250, max_steps=200),
+        models=("gpt2", "llama"), max_length=256, max_steps=200,
+        learning_rate=dict(dual_lora=8e-3, lora=2e-3, dora=4e-3, full=2e-4, linear_probe=5e-3)),
 ]
 
 
@@ -211,10 +197,11 @@ def complete(cfg, preset, task, positions):
     values["epochs"] = None
     steps = values["max_steps"]
     if cfg.learning_rate is None:
-        values["learning_rate"] = preset["learning_rate"][cfg.method]
-    if values["lr_warmup_steps"] is None:
-        values["lr_warmup_steps"] = round(preset["lr_warmup_share"] * steps)
-    if cfg.scale_warmup_steps is None:  # a trial of 20 steps should see dW at its full size
+        values["learning_rate"] = preset["learning_rate"].get(cfg.method, preset["learning_rate"]["lora"])
+    if cfg.lr_warmup_steps is None:  # a trial of 20 steps should see the full rate, and dW at its full size
+        warmup = preset.get("lr_warmup_steps", round(preset["lr_warmup_share"] * steps))
+        values["lr_warmup_steps"] = min(warmup, steps // 3)
+    if cfg.scale_warmup_steps is None:
         values["scale_warmup_steps"] = min(preset["scale_warmup_steps"], max(1, steps // 3))
     elif cfg.scale_warmup_steps > steps:
         raise ValueError(f"--scale_warmup_steps={cfg.scale_warmup_steps}: the run ends before, after {steps} steps")
@@ -254,7 +241,7 @@ def prepare(model, cfg, task, device):
         apply_adapters(model, cfg.targets.split(","), layer, **{name: getattr(cfg, name) for name in names})
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
-    return model
+    return model.train()
 
 
 def compile_training(model):
@@ -465,7 +452,10 @@ def train(cfg, task=None):
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice, not {cfg.model} on {task.name}")
     preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
     cfg = complete(cfg, preset, task, model.max_length - NEW_TOKENS * writes)
+    model.checkpoint = cfg.checkpointing
     model = prepare(model, cfg, task, device)
+    if cfg.compile:
+        compile_training(model)
 
     how = tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt
     examples, validation = encode_examples(task, task.train, *how), encode_examples(task, task.validation, *how)
@@ -502,11 +492,10 @@ def train(cfg, task=None):
 def describe(run, task, bfloat16, preset):
     cfg, model = run.cfg, run.model
     trained, total = sum(p.numel() for p in run.parameters.values()), sum(p.numel() for p in model.parameters())
-    options = METHODS[cfg.method][1] + (("targets",) if METHODS[cfg.method][0] else ())
-    print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} to validate"
-          + (" (held-out training data)" if cfg.held_out else "") + (f". {task.note}" if task.note else ""))
-    print(f"{cfg.model} on {run.sums.device}, {'bfloat16' if bfloat16 else 'float32'}: {cfg.method}, "
-          + ", ".join(f"{name} {getattr(cfg, name)}" for name in options))
+    options = ", ".join(f"{name} {getattr(cfg, name)}" for name in METHODS[cfg.method][1])
+    print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} "
+          f"{'held-out ones ' if cfg.held_out else ''}to validate. {task.note}")
+    print(f"{cfg.model} on {run.sums.device} in {'bfloat16' if bfloat16 else 'float32'}; {cfg.method} {options}")
     print(f"{cfg.max_steps} steps of {cfg.batch_size}, learning rate {cfg.learning_rate:g}, seed {cfg.seed}; "
           f"what was not set: {preset['source']}")
     print(f"{trained:,} of {total:,} parameters are trained, {100 * trained / total:.2f} %"
@@ -573,9 +562,6 @@ def protocol(run):
 
 
 def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(usage())
-        return 0
     cfg = None
     try:
         cfg = parse(arguments)
