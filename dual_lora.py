@@ -104,7 +104,7 @@ class AdaptedLinear(nn.Linear):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.transposed = is_conv1d(linear)
         self.out_features, self.in_features = self.base_weight().shape
-        self.settings = settings
+        self.settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
         self.original = (linear,)  # for plain_layer; in a tuple, since it is no submodule
         self.train(linear.training)
 
@@ -227,8 +227,8 @@ class DualLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, W0, A, B, C, D, s = ctx.saved_tensors
-        gy_rows = gy.flatten(0, -2)         # (N, out)
-        G = gy_rows.t() @ x.flatten(0, -2)  # (out, in)
+        gy_rows = gy.reshape(-1, gy.shape[-1])        # (N, out)
+        G = gy_rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
         W = torch.empty_like(G)
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
         with full_precision(x):
@@ -328,10 +328,12 @@ def apply_adapters(model, targets, layer=DualLoRALinear, **settings):
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = list(linear_layers(model))
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise ValueError(f"target {target!r} matches no linear layer: choose from {known}")
+    if not targets:
+        raise ValueError(f"targets is empty: choose from {known}")
     ends = tuple(f".{target}" for target in targets)
     insert(model, {name: (layer, settings) for name in names if f".{name}".endswith(ends)})
     return model
@@ -346,8 +348,8 @@ def set_warmup(model, factor):
 
 def adapter_state_dict(model):
     """{name: tensor} of the adapters and of whatever else is trainable, such as a head. Not copied."""
-    chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
-    return {name.replace("_orig_mod.", ""): p for name, p in chosen.items()}
+    named = unwrapped(model).named_parameters()
+    return {name: p.detach() for name, p in named if p.requires_grad or "lora_" in name}
 
 
 def save_adapter(model, path):
@@ -357,6 +359,8 @@ def save_adapter(model, path):
     """
     layers = {name: (type(layer).__name__, layer.settings) for name, layer in adapted_layers(model).items()}
     state = {name: p.cpu() for name, p in adapter_state_dict(model).items()}
+    if not state:
+        raise ValueError("nothing to save: the model has no adapters (inside `merged` it never has) and trains nothing")
     save_atomically({"layers": layers, "state": state}, path)
 
 
@@ -366,13 +370,14 @@ def load_adapter(model, path):
     What the file holds becomes trainable, all else of a fresh model is frozen. ValueError, before anything has changed,
     where the file is damaged, or a name, shape or setting in file and model differ.
     """
+    model, wrapped = unwrapped(model), model
     layers, state = read_adapter(path)
     linears, present = linear_layers(model), adapted_layers(model)
     ours = adapter_state_dict(model) if present else state
     expected = {name: p.shape for name, p in model.named_parameters() if name in ours}
     for name, (cls, settings) in layers.items():
         here = linears.get(name)
-        if here is None or present and (type(here), here.settings) != (cls, settings):
+        if here is None or present and (type(here), getattr(here, "settings", None)) != (cls, settings):
             raise ValueError(f"{path}: {name!r} is {cls.__name__} with {settings} there, and {here} in this model")
         if not present:
             shape = here.weight.shape if is_conv1d(here) else here.weight.shape[::-1]  # (in, out)
@@ -390,7 +395,7 @@ def load_adapter(model, path):
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].requires_grad_(True).copy_(value)
-    return model
+    return wrapped
 
 
 def merge_adapters(model):
@@ -412,14 +417,14 @@ def merged(model):
     Afterwards, an error included, the adapters are back and W0 is what it was: layers are swapped, nothing is
     subtracted.
     """
-    adapted = adapted_layers(model)
+    adapted = {name: layer for name, layer in adapted_layers(model).items() if layer is not model}
     try:
         for name, layer in adapted.items():
             replace(model, name, layer.plain_layer())
         yield model
     finally:
         for name, layer in adapted.items():
-            replace(model, name, layer.train(model.get_submodule(name).training))
+            replace(model, name, layer.train(unwrapped(model).get_submodule(name).training))
 
 
 @torch.no_grad()
@@ -462,22 +467,28 @@ def is_conv1d(module):
 
 def linear_layers(model):
     """{name: module} of all linear layers, adapted ones too; a module with two names is there twice."""
-    modules = model.named_modules(remove_duplicate=False)
+    modules = unwrapped(model).named_modules(remove_duplicate=False)
     return {name: m for name, m in modules if name and (isinstance(m, nn.Linear) or is_conv1d(m))}
 
 
 def adapted_layers(model):
-    """{name: module} of all adapted layers; the name without what torch.compile puts into it."""
-    return {name.replace("_orig_mod.", ""): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def unwrapped(model):
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def replace(model, name, layer):
     owner, _, child = name.rpartition(".")
-    setattr(model.get_submodule(owner), child, layer)
+    setattr(unwrapped(model).get_submodule(owner), child, layer)
 
 
 def insert(model, plan):
     """Put adapted layers into the model, plan = {name: (class, settings)}. Checks all, builds all, then changes."""
+    model = unwrapped(model)
     for name in plan:
         check_layer(model, name)
     layers = {name: cls(model.get_submodule(name), **settings) for name, (cls, settings) in plan.items()}
@@ -520,11 +531,10 @@ def save_atomically(content, path):
 def read_adapter(path):
     """({layer's name: (class, settings)}, {name: tensor}) of a file by save_adapter; ValueError for any other."""
     classes = {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
+    open(path, "rb").close()  # a file that is not there says so itself
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         layers = {name: (classes[cls], settings) for name, (cls, settings) in content["layers"].items()}
         return layers, content["state"]
-    except OSError:
-        raise
     except Exception as error:  # torch raises half a dozen kinds for a file cut short
         raise ValueError(f"{path} is cut short, or was not written by save_adapter ({type(error).__name__})") from None

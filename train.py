@@ -138,6 +138,10 @@ def check(cfg):
     for name in idle if layer else idle + ADAPTERS_ONLY:
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
+    if (cfg.dropout or 0) >= 1:
+        raise ValueError(f"--dropout={cfg.dropout}: it should be below 1")
+    if cfg.max_length is not None and cfg.max_length < 8:
+        raise ValueError(f"--max_length={cfg.max_length}: it should be at least 8")
     if cfg.method == "dual_lora" and (cfg.r or 0) % 2:
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
     if cfg.max_steps is not None and cfg.epochs is not None:
@@ -238,7 +242,8 @@ def prepare(model, cfg, task, device):
     layer, names = METHODS[cfg.method]
     if layer is not None:
         torch.manual_seed(cfg.seed + 1)
-        apply_adapters(model, cfg.targets.split(","), layer, **{name: getattr(cfg, name) for name in names})
+        targets = [target.strip() for target in cfg.targets.split(",")]
+        apply_adapters(model, targets, layer, **{name: getattr(cfg, name) for name in names})
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
     return model.train()

@@ -1,13 +1,9 @@
-"""What every test shares: the import path, no network but 127.0.0.1, Triton's interpreter, and the marker for slow tests."""
+"""What every test shares: the import path, no network, and the marker for slow tests."""
 import os
 import socket
 import sys
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels of dual_lora.py are tested without a GPU
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A test that reaches for another machine fails by name instead of passing only where there is a network."""
+    """A test that reaches for another machine fails by name, instead of passing only where there is a network."""
     connect = socket.socket.connect
 
     def only_loopback(sock, address):
