@@ -1,0 +1,243 @@
+"""Methods side by side: learning rates from one grid, the same seeds and batches for all, one table with its spread.
+
+    python tests/evidence/compare.py --task=sst2,cola --methods=lora,dual_lora --seeds=2 [any option of train.py]
+
+A task or a method may bring options of its own: --task=sst2,cola:max_steps=1500 --methods=lora,lora:r=16,dual_lora,full.
+Methods beside train.py's: no_relu, no_sign, loha (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each task
+and method, by one run a rate on held-out training data with a seed that is not reported; full fine-tuning has a grid of
+its own, --full_grid. "dora@lora" takes the rate that was chosen for lora. Without a grid, the rate is --learning_rate or
+the preset's. --jobs=2 makes two runs at a time, with one thread each.
+
+Finished runs are lines of out_dir/runs.jsonl and are not made again; a run that was cut short goes on at its checkpoint.
+The same command therefore goes on where it was stopped. The tables are printed, and saved as out_dir/tables.md and .json.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+import ablations  # noqa: E402, F401: adds its methods to train.METHODS
+import train  # noqa: E402
+from data.download import model_folder  # noqa: E402
+from data.tasks import load_task  # noqa: E402
+from dual_lora import adapter_report, adapter_state_dict  # noqa: E402
+from model import load_pretrained  # noqa: E402
+
+GRID_SEED = 1000
+NO_MATTER = ("out_dir", "resume", "data_dir", "device", "eval_interval", "log_interval", "checkpoint_interval")
+# Student's t at 97.5 %, for 1 to 10 degrees of freedom; with more the last one is a little too wide.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(usage="compare.py [--name=value ...]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sarcasm")
+    parser.add_argument("--methods", default="lora,dual_lora")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--grid")
+    parser.add_argument("--full_grid")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out_dir", type=Path, default=Path("out/compare"))
+    return parser.parse_known_args(arguments)
+
+
+def split_spec(spec):
+    """("cola", ["--max_steps=1500"]) from "cola:max_steps=1500"."""
+    name, *options = spec.split(":")
+    return name, [f"--{option}" for option in options]
+
+
+def config(task, method, options, **values):
+    """Config of one run: a task and a method with their own options, and the options of the command line."""
+    (task, of_task), (method, of_method) = split_spec(task), split_spec(method.partition("@")[0])
+    cfg = train.parse([*options, *of_task, *of_method, f"--task={task}", f"--method={method}"])
+    return dataclasses.replace(cfg, **{name: value for name, value in values.items() if value is not None})
+
+
+def identity(cfg):
+    """{option: value} of all that is not at its default and can change a result. Two runs with one identity are one."""
+    set_options = {name: value for name, value in vars(cfg).items() if value != getattr(train.Config, name)}
+    return {name: value for name, value in sorted(set_options.items()) if name not in NO_MATTER}
+
+
+def read_runs(out_dir):
+    path = out_dir / "runs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def find_run(runs, cfg):
+    return next((run for run in runs if run["options"] == identity(cfg)), None)
+
+
+def run_all(configs, out_dir, jobs):
+    """The runs of `configs`, in order; those that are not in runs.jsonl yet are made and added."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    known = read_runs(out_dir)
+    todo = [cfg for cfg in configs if find_run(known, cfg) is None]
+    if jobs > 1 and len(todo) > 1:
+        with concurrent.futures.ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            pending = [pool.submit(run_one, cfg, out_dir) for cfg in todo]
+            for future in concurrent.futures.as_completed(pending):
+                add_run(future.result(), out_dir)
+    else:
+        for cfg in todo:
+            add_run(run_one(cfg, out_dir), out_dir)
+    known = read_runs(out_dir)
+    return [find_run(known, cfg) for cfg in configs]
+
+
+def add_run(run, out_dir):
+    with open(out_dir / "runs.jsonl", "a") as file:
+        file.write(json.dumps(run) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in run["options"].items()), "->", run["value"], flush=True)
+
+
+def run_one(cfg, out_dir):
+    """Train, look inside, and keep of it one dict."""
+    name = "-".join(f"{key}={value}" for key, value in identity(cfg).items()).replace("/", "_")
+    folder = out_dir / "running" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {"options": identity(cfg), "task": cfg.task, "method": cfg.method, "learning_rate": cfg.learning_rate,
+           "seed": cfg.seed, "held_out": cfg.held_out, "value": None, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    began = time.time()
+    try:
+        with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            result = train.train(dataclasses.replace(cfg, out_dir=str(folder), resume=True))
+    except FloatingPointError as error:  # diverged, which is a result; the run counts as the worst
+        return run | {"error": str(error)}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [[line["step"], line["validation"][result["metric"]]] for line in lines if "step" in line and "validation" in line]
+    run |= {name: result[name] for name in ("metric", "value", "validation", "trainable")}
+    run |= {"seconds": round(time.time() - began), "curve": curve, "inside": look_inside(result["settings"], folder)}
+    shutil.rmtree(folder)
+    return run
+
+
+@torch.no_grad()
+def look_inside(settings, folder):
+    """adapter_report's numbers, means over the layers. The start, for the flipped signs, is drawn again from the seed."""
+    cfg = train.Config(**settings)
+    if train.METHODS[cfg.method][0] is None:
+        return {}
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
+    model = train.prepare(load_pretrained(model_folder(cfg.model)), cfg, task, "cpu")
+    start = {name: p.clone() for name, p in adapter_state_dict(model).items()}
+    trained = torch.load(folder / "adapter.pt", weights_only=True)["state"]
+    for name, p in adapter_state_dict(model).items():
+        p.copy_(trained[name])
+    rows = list(adapter_report(model, since=start).values())
+    return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+
+
+def commit():
+    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def choose_rates(tasks, methods, options, args):
+    """{(task, method): learning rate}: of the grid's rates the one with the best value on held-out training data."""
+    if not args.grid:
+        return {}
+
+    def grid(method):
+        text = args.full_grid if split_spec(method)[0] == "full" and args.full_grid else args.grid
+        return [float(rate) for rate in text.split(",")]
+
+    tried = {(task, method, rate): config(task, method, options, learning_rate=rate, seed=GRID_SEED, held_out=True)
+             for task in tasks for method in methods if "@" not in method for rate in grid(method)}
+    values = {key: run["value"] for key, run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs))}
+    rates = {}
+    for task in tasks:
+        for method in methods:
+            source = method.partition("@")[2] or method
+            rates[task, method] = max(grid(source), key=lambda rate: value_or_worst(values[task, source, rate]))
+    return rates
+
+
+def value_or_worst(value):
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def compare(args, options):
+    """{"rows": one a method, "tasks", ...}: values by task and seed, and what the tables show."""
+    tasks, methods = args.task.split(","), args.methods.split(",")
+    rates = choose_rates(tasks, methods, options, args)
+    configs = {(task, method, seed): config(task, method, options, learning_rate=rates.get((task, method)), seed=seed)
+               for task in tasks for method in methods for seed in range(args.seeds)}
+    runs = dict(zip(configs, run_all(list(configs.values()), args.out_dir, args.jobs)))
+    rows = []
+    for method in methods:
+        of_method = {task: [runs[task, method, seed] for seed in range(args.seeds)] for task in tasks}
+        values = {task: [run["value"] or 0.0 for run in of_method[task]] for task in tasks}  # diverged: 0
+        values["mean"] = [statistics.mean(column) for column in zip(*values.values())]
+        first = rows[0]["values"] if rows else values
+        rows.append({
+            "method": method, "values": values, "rates": {task: rates.get((task, method)) for task in tasks},
+            "parameters": max(run.get("trainable", 0) for run in of_method[tasks[0]]),
+            "seconds": statistics.mean(run.get("seconds", 0) for run in sum(of_method.values(), [])),
+            "difference": {name: paired(column, first[name]) for name, column in values.items()}})
+    names = [f"{split_spec(task)[0]}, {runs[task, methods[0], 0].get('metric', '')}" for task in tasks]
+    return {"tasks": tasks, "columns": [*names, "mean"], "seeds": args.seeds, "rows": rows}
+
+
+def paired(ours, theirs):
+    """(mean difference, half width of its 95 % interval by Student's t), paired by seed; no width for one seed."""
+    differences = [a - b for a, b in zip(ours, theirs)]
+    n = len(differences)
+    width = T_QUANTILES[min(n - 2, 9)] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.mean(differences), width
+
+
+def markdown(result):
+    first, names = result["rows"][0]["method"], [*result["tasks"], "mean"]
+    head = ["method", "parameters", "seconds", *result["columns"]]
+    values = [[row["method"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", *(spread(row, name) for name in names)]
+              for row in result["rows"]]
+    differences = [[row["method"], *(f"{100 * d:+.1f} ± {100 * w:.1f}" for d, w in (row["difference"][name] for name in names))]
+                   for row in result["rows"][1:]]
+    text = f"Mean ± standard deviation over {result['seeds']} seeds, in brackets the learning rate.\n\n" + table(head, values)
+    if differences:
+        text += (f"\nDifference to {first} in points (hundredths), paired by seed, ± half the 95 % interval.\n\n"
+                 + table(["method", *result["columns"]], differences))
+    return text
+
+
+def spread(row, name):
+    values, rate = row["values"][name], row["rates"].get(name)
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}" + (f" ({rate:g})" if rate else "")
+
+
+def table(head, rows):
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def main(arguments):
+    args, options = parse(arguments)
+    try:
+        result = compare(args, options)
+    except ValueError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{markdown(result)}")
+    (args.out_dir / "tables.md").write_text(markdown(result))
+    (args.out_dir / "tables.json").write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
