@@ -191,13 +191,12 @@ def full_precision(tensor):
 # Plain autograd would keep BA, DC, W_m = ReLU(BA), W_d = Sign(DC) and W for the backward pass, each as large as W0.
 # None needs to be kept. BA and DC are formed again from the small matrices, which is cheap beside the three large
 # products that full fine-tuning has as well: y = x W^T, dL/dx = dL/dy W and G = dL/dW = (dL/dy)^T x.
-# With s = warmup * alpha / sqrt(r1 r2):
+# With s = warmup * alpha / sqrt(r1 r2) and sW_m = s ReLU(BA) = ReLU((sB) A), since s is never negative:
 #
-#     g_m = s G ⊙ W_d ⊙ [BA > 0]        dB = g_m A^T     dA = B^T g_m
-#     g_d = Clip(s G ⊙ W_m, -1, 1)      dD = g_d C^T     dC = D^T g_d
+#     g_m = G ⊙ W_d ⊙ [BA > 0]            dB = s g_m A^T     dA = (sB)^T g_m
+#     g_d = Clip(G ⊙ sW_m, -1, 1)         dD = g_d C^T       dC = D^T g_d
 #
-# s is never negative, so s ReLU(BA) = ReLU((sB) A). The code multiplies s into the thin B, where it costs nothing, and
-# calls s W_m and g_m / s what they are: sW_m and g_m.
+# The scale only ever multiplies thin matrices, where it costs nothing.
 
 
 def row_blocks(B, A):
@@ -395,6 +394,7 @@ def load_adapter(model, path):
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].requires_grad_(True).copy_(value)
+    set_warmup(model, 1.0)
     return wrapped
 
 

@@ -37,7 +37,7 @@ def uncompiled(monkeypatch):
 
 def rows_of(text):
     """{first cell: other cells} of a Markdown table."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     return {name: cells for name, *cells in lines[1:]}
 
 
@@ -104,7 +104,8 @@ def test_curves_are_drawn_from_runs(tmp_path, kind):
     pytest.importorskip("matplotlib")
     runs = [{"task": task, "method": method, "learning_rate": rate, "seed": seed, "held_out": kind == "rates",
              "metric": "accuracy", "value": 0.5 + rate, "curve": [[1, 0.5], [2, 0.6 + rate]], "options": {"seed": seed}}
-            for task in ("cola", "stsb") for method in ("lora", "dual_lora") for rate in (1e-3, 2e-3) for seed in (0, 1)]
+            for task in ("cola", "stsb") for method in ("lora", "dual_lora") for rate in (1e-3, 2e-3)
+            for seed in (0, 1)]
     diverged = {**runs[0], "value": None}
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in [*runs, diverged]))
     draw.main([kind, str(tmp_path / "out.png"), str(tmp_path / "runs.jsonl")])
