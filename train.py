@@ -176,7 +176,7 @@ PRESETS = [
     COMMON | dict(
         source="ours, chosen for MiniLM on held-out training data (tests/evidence/README.md)",
         models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05, max_length=128, max_steps=500,
-        learning_rate=dict(dual_lora=5e-3, lora=5e-3, dora=5e-3, full=1e-4, linear_probe=2e-2)),
+        learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
     COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
         models=("gpt2", "llama"), max_length=256, max_steps=200,
@@ -250,12 +250,13 @@ def prepare(model, cfg, task, device):
 
 
 def compile_training(model):
-    """torch.compile for training. Evaluation has other shapes and merged layers, and runs as it is."""
-    backbone = getattr(model, "backbone", model)
-    name = "hidden" if isinstance(backbone, GPT) else "forward"
-    plain = getattr(backbone, name)
-    compiled = torch.compile(plain, dynamic=True)
-    setattr(backbone, name, lambda *args, **kwargs: (compiled if backbone.training else plain)(*args, **kwargs))
+    """torch.compile for each block, in training: all share one graph. Evaluation has other shapes and merged layers."""
+    for block in getattr(model, "backbone", model).layers:
+        block.forward = in_training(block, torch.compile(block.forward, dynamic=True), block.forward)
+
+
+def in_training(block, compiled, plain):
+    return lambda *args, **kwargs: (compiled if block.training else plain)(*args, **kwargs)
 
 
 def make_optimizer(model, cfg):

@@ -297,6 +297,16 @@ def test_compiled_it_is_one_graph_while_factor_and_length_change_and_gradients_a
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_it_keeps_nothing_of_the_weights_size_but_the_weight():
+    """The compiler would merge the backward pass's BA, DC and W with the forward pass's, and keep them."""
+    torch._dynamo.reset()
+    layer = DualLoRALinear(nn.Linear(48, 40, bias=False), r1=2, r2=3)
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)  # partitioned as by inductor
+    y = compiled(torch.randn(5, 48, requires_grad=True))
+    kept = [t for t in y.grad_fn.saved_tensors if t is not None and sorted(t.shape) == [40, 48]]
+    assert [t.data_ptr() for t in kept] in ([], [layer.weight.data_ptr()])
+
+
 def test_the_verbs_see_through_a_compiled_model(tmp_path):
     model, x = adapted_net(), torch.randn(4, 32)
     wrapped = torch.compile(model, backend="eager")
