@@ -175,7 +175,7 @@ PRESETS = [
         learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
     COMMON | dict(
         source="ours, chosen for MiniLM on held-out training data (tests/evidence/README.md)",
-        models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05, max_length=128, max_steps=500,
+        models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05, max_length=128, max_steps=560, eval_interval=280,
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
     COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
