@@ -165,21 +165,24 @@ PRESETS = [
         epochs={"mnli": 30, "sst2": 60, "mrpc": 30, "cola": 80, "qnli": 25, "qqp": 25, "rte": 80, "stsb": 40}),
     COMMON | dict(
         source="AdaLoRA's epochs and batch for DeBERTa-v3 base (2303.10512); one learning rate for all tasks, untuned",
-        models=("deberta", "deberta-v2"), tasks=tuple(GLUE), max_length=256, scale_warmup_steps=100, lr_warmup_share=0.1,
+        models=("deberta", "deberta-v2"), tasks=tuple(GLUE), max_length=256,
+        lr_warmup_share=0.1, scale_warmup_steps=100,
         learning_rate=dict(dual_lora=5e-4, lora=5e-4, dora=5e-4, full=2e-5, linear_probe=5e-3),
         epochs={"mnli": 7, "sst2": 24, "mrpc": 30, "cola": 25, "qnli": 5, "qqp": 5, "rte": 50, "stsb": 25}),
     COMMON | dict(
         source="DoRA's for LLaMA-7B (2402.09353), which the paper takes over; Dual LoRA at DoRA's learning rate",
-        models=("llama",), tasks=(MIX,), targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05,
-        batch_size=16, max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
+        models=("llama",), tasks=(MIX,),
+        targets="q_proj,k_proj,v_proj,up_proj,down_proj", r=32, alpha=64.0, dropout=0.05, batch_size=16,
+        max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
         learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
     COMMON | dict(
         source="ours, chosen for MiniLM on held-out training data (tests/evidence/README.md)",
-        models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05, max_length=128, max_steps=560, eval_interval=280,
+        models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05,
+        max_length=128, max_steps=560, eval_interval=280,
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
     COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
-        models=("gpt2", "llama"), max_length=256, max_steps=200,
+        models=("gpt2", "llama"), max_length=256, max_steps=200, lr_warmup_share=0.0,
         learning_rate=dict(dual_lora=8e-3, lora=2e-3, dora=4e-3, full=2e-4, linear_probe=5e-3)),
 ]
 

@@ -173,7 +173,7 @@ def test_without_sentencepiece_the_way_out_is_told(name, tmp_path, monkeypatch):
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
     ({"tokenizer_json": byte_spec({"type": "Whitespace"})}, "not supported: Whitespace"),
-    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put the vocab.txt, spm.model"),
+    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put the vocab.txt"),
     ({"tokenizer_model": "YQ== 0\n"}, "tokenizer.model holds 1 tokens; LLaMA-3's holds 128,000"),
 ])
 def test_a_folder_that_cannot_be_read_is_named(files, words, tmp_path):

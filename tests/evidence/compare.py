@@ -2,14 +2,15 @@
 
     python tests/evidence/compare.py --task=sst2,cola --methods=lora,dual_lora --seeds=2 [any option of train.py]
 
-A task or a method may bring options of its own: --task=sst2,cola:max_steps=1500 --methods=lora,lora:r=16,dual_lora,full.
-Methods beside train.py's: no_relu, no_sign, loha (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each task
-and method, by one run a rate on held-out training data with a seed that is not reported; full fine-tuning has a grid of
-its own, --full_grid. "dora@lora" takes the rate that was chosen for lora. Without a grid, the rate is --learning_rate or
-the preset's. --jobs=2 makes two runs at a time, with one thread each.
+A task or a method may bring options: --task=sst2,cola:max_steps=1500 --methods=lora,lora:r=16,dual_lora,full.
+Methods beside train.py's: no_relu, no_sign, loha (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each
+task and method, by one run a rate on held-out training data with a seed that is not reported. Full fine-tuning has a
+grid of its own, --full_grid. "dora@lora" takes the rate that was chosen for lora. Without a grid, the rate is
+--learning_rate or the preset's. --jobs=2 makes two runs at a time, with one thread each.
 
-Finished runs are lines of out_dir/runs.jsonl and are not made again; a run that was cut short goes on at its checkpoint.
-The same command therefore goes on where it was stopped. The tables are printed, and saved as out_dir/tables.md and .json.
+Finished runs are lines of out_dir/runs.jsonl and are not made again. A run that was cut short goes on at its
+checkpoint. So the same command goes on where it was stopped. Its tables are printed, and saved as out_dir/tables.md
+and tables.json.
 """
 import argparse
 import concurrent.futures
@@ -112,7 +113,8 @@ def run_one(cfg, out_dir):
     folder = out_dir / "running" / name
     folder.mkdir(parents=True, exist_ok=True)
     run = {"options": identity(cfg), "task": cfg.task, "method": cfg.method, "learning_rate": cfg.learning_rate,
-           "seed": cfg.seed, "held_out": cfg.held_out, "value": None, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+           "seed": cfg.seed, "held_out": cfg.held_out, "value": None, "commit": commit(),
+           "date": time.strftime("%Y-%m-%d")}
     began = time.time()
     try:
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -120,7 +122,8 @@ def run_one(cfg, out_dir):
     except FloatingPointError as error:  # diverged, which is a result; the run counts as the worst
         return run | {"error": str(error)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [[line["step"], line["validation"][result["metric"]]] for line in lines if "step" in line and "validation" in line]
+    evaluations = [line for line in lines if "step" in line and "validation" in line]
+    curve = [[line["step"], line["validation"][result["metric"]]] for line in evaluations]
     run |= {name: result[name] for name in ("metric", "value", "validation", "trainable")}
     run |= {"seconds": round(time.time() - began), "curve": curve, "inside": look_inside(result["settings"], folder)}
     shutil.rmtree(folder)
@@ -129,7 +132,7 @@ def run_one(cfg, out_dir):
 
 @torch.no_grad()
 def look_inside(settings, folder):
-    """adapter_report's numbers, means over the layers. The start, for the flipped signs, is drawn again from the seed."""
+    """adapter_report's numbers, means over the layers. The start, for the flips, is drawn again from the seed."""
     cfg = train.Config(**settings)
     if train.METHODS[cfg.method][0] is None:
         return {}
@@ -207,9 +210,10 @@ def markdown(result):
     head = ["method", "parameters", "seconds", *result["columns"]]
     values = [[row["method"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", *(spread(row, name) for name in names)]
               for row in result["rows"]]
-    differences = [[row["method"], *(f"{100 * d:+.1f} ± {100 * w:.1f}" for d, w in (row["difference"][name] for name in names))]
+    differences = [[row["method"], *(in_points(*row["difference"][name]) for name in names)]
                    for row in result["rows"][1:]]
-    text = f"Mean ± standard deviation over {result['seeds']} seeds, in brackets the learning rate.\n\n" + table(head, values)
+    text = f"Mean ± standard deviation over {result['seeds']} seeds, in brackets the learning rate.\n\n"
+    text += table(head, values)
     if differences:
         text += (f"\nDifference to {first} in points (hundredths), paired by seed, ± half the 95 % interval.\n\n"
                  + table(["method", *result["columns"]], differences))
@@ -220,6 +224,10 @@ def spread(row, name):
     values, rate = row["values"][name], row["rates"].get(name)
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}" + (f" ({rate:g})" if rate else "")
+
+
+def in_points(difference, width):
+    return f"{100 * difference:+.1f} ± {100 * width:.1f}"
 
 
 def table(head, rows):
