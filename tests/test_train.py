@@ -118,7 +118,10 @@ def encoded(toys, model, task):
 # Learning
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+METHODS = ("dual_lora", "lora", "dora", "full", "linear_probe")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_moves_only_what_it_trains(method, toys, tmp_path, monkeypatch):
     seen, prepare = {}, train.prepare
 
@@ -161,7 +164,7 @@ def test_every_kind_of_task_runs_and_the_saved_adapter_scores_the_same(model, ta
 
 
 def test_the_first_forward_pass_is_the_pretrained_models(toys, tmp_path):
-    first = [losses(run(toys, tmp_path / method, f"--method={method}", "--max_steps=1"))[0] for method in train.METHODS]
+    first = [losses(run(toys, tmp_path / method, f"--method={method}", "--max_steps=1"))[0] for method in METHODS]
     assert first == pytest.approx([first[0]] * 5, abs=1e-6)  # one head, one batch, nothing added yet
 
 
@@ -308,7 +311,7 @@ def test_compiled_steps_give_about_the_same_losses(backend, toys, tmp_path, monk
     more = ["--max_steps=12", "--scale_warmup_steps=10"]
     plain, compiled = run(toys, tmp_path / "plain", *more), run(toys, tmp_path / "fast", *more, "--compile=true")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "with a mask and without"
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "first block and others, mask or none"
     state = torch.load(tmp_path / "fast" / "adapter.pt", weights_only=True)["state"]
     assert list(state) == list(torch.load(tmp_path / "plain" / "adapter.pt", weights_only=True)["state"])
 
