@@ -87,7 +87,7 @@ class Config:
     held_out: bool = option(False, "validate on held-out training data: tune with this")
     log_interval: int = option(10, "steps between progress lines")
     checkpoint_interval: int = option(50, "steps between checkpoints")
-    compile: bool = option(False, "torch.compile the training step: a minute at the start, then faster on a GPU")
+    compile: bool = option(False, "torch.compile the training step: half a minute or more at the start, then faster")
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(0, "for the head, the adapters, the data order and dropout, each apart")
     device: str = option("auto", "auto takes cuda, else mps, else cpu")
@@ -176,7 +176,7 @@ PRESETS = [
         max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
         learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
     COMMON | dict(
-        source="ours, chosen for MiniLM on held-out training data (tests/evidence/README.md)",
+        source="ours for MiniLM, adapters' rates by tests/evidence/README.md; those of full and linear_probe are older",
         models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05,
         max_length=128, max_steps=560, eval_interval=280,
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),

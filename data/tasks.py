@@ -28,7 +28,6 @@ class Task:
     kind: str        # "classification" or "multiple_choice"
     n_classes: int   # 1 for regression; for multiple choice the largest number of choices
     metric: str      # the main one, of data/metrics.py
-    source: str      # the folder that it was read from
     train: list = field(repr=False)
     validation: list = field(repr=False)
     note: str = ""   # what a reader of its numbers should know
@@ -164,7 +163,7 @@ def load_mix(data_dir):
     task = load_folder(make_once(MIX, make), MIX)
     if not path:
         return dataclasses.replace(task, note=instruct.MIX_NOTE)
-    return dataclasses.replace(task, train=records, source=str(data_dir), note=f"trained on {path}")
+    return dataclasses.replace(task, train=records, note=f"trained on {path}")
 
 
 def find_records(data_dir):
@@ -229,7 +228,7 @@ def make_task(name, source, train, validation):
     else:
         n_classes = count_classes(source, train, validation)
     metric = "pearson" if n_classes == 1 else "accuracy"
-    return Task(name, kind, n_classes, metric, str(source), [example for _, example in train],
+    return Task(name, kind, n_classes, metric, [example for _, example in train],
                 [example for _, example in validation])
 
 

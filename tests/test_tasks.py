@@ -208,7 +208,7 @@ def test_published_tasks_have_their_official_counts(name):
 
 
 def make_task(train, validation=(), kind="classification", **fields):
-    return Task("t", kind, 2, "accuracy", "", list(train), list(validation), **fields)
+    return Task("t", kind, 2, "accuracy", list(train), list(validation), **fields)
 
 
 def test_a_tenth_is_held_out_always_the_same():
