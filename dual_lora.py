@@ -37,8 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sign and its gradient
+# ---- The sign and its gradient ---------------------------------------------------------------------------------------
 
 
 def sign(x):
@@ -88,8 +87,7 @@ def check_estimator(ste):
         raise ValueError(f"ste is {ste!r}: choose from clip, xnor, identity")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The layer
+# ---- The layer -------------------------------------------------------------------------------------------------------
 
 
 class AdaptedLinear(nn.Linear):
@@ -185,8 +183,7 @@ def full_precision(tensor):
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The memory-saving backward pass. The hard thing in this file.
+# ---- The memory-saving backward pass. The hard thing in this file. ---------------------------------------------------
 #
 # Plain autograd would keep BA, DC, W_m = ReLU(BA), W_d = Sign(DC) and W for the backward pass, each as large as W0.
 # None needs to be kept. BA and DC are formed again from the small matrices, which is cheap beside the three large
@@ -251,8 +248,7 @@ class DualLinear(torch.autograd.Function):
         return gx, gW0, gbias, dA, dB, dC, dD, None, None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The baselines: what Dual LoRA is measured against
+# ---- The baselines: what Dual LoRA is measured against ---------------------------------------------------------------
 
 
 class LoRALinear(AdaptedLinear):
@@ -316,8 +312,7 @@ class DoRALinear(LoRALinear):
         return (y + (ratio - 1) * plain + ratio * self.branch(dropped)).to(y.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The verbs
+# ---- The verbs -------------------------------------------------------------------------------------------------------
 
 
 def apply_adapters(model, targets, layer=DualLoRALinear, **settings):
@@ -366,38 +361,33 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Put the adapters of `path` on a fresh base model, or their values into a model that has them; returns model.
+    """Put the adapters of `path`, and what else it holds, such as a head, on a fresh base model; returns model.
 
-    What the file holds becomes trainable, all else of a fresh model is frozen. ValueError, before anything has changed,
-    where the file is damaged, or a name, shape or setting in file and model differ.
+    What the file holds becomes trainable, all else is frozen. ValueError, before anything has changed, where the file
+    is damaged, or a name or shape in file and model differ.
     """
-    model, wrapped = unwrapped(model), model
+    inner = unwrapped(model)
     layers, state = read_adapter(path)
-    linears, present = linear_layers(model), adapted_layers(model)
-    ours = adapter_state_dict(model) if present else state
-    expected = {name: p.shape for name, p in model.named_parameters() if name in ours}
+    shapes = {name: p.shape for name, p in inner.named_parameters() if name in state}
     for name, (cls, settings) in layers.items():
-        here = linears.get(name)
-        if here is None or present and (type(here), getattr(here, "settings", None)) != (cls, settings):
-            raise ValueError(f"{path}: {name!r} is {cls.__name__} with {settings} there, and {here} in this model")
-        if not present:
-            shape = here.weight.shape if is_conv1d(here) else here.weight.shape[::-1]  # (in, out)
-            twin = cls(nn.Linear(*shape, bias=False, device="meta"), **settings)
-            expected.update({f"{name}.{key}": p.shape for key, p in twin.named_parameters() if "lora_" in key})
-    for name in [*state, *expected]:
-        if name not in state or name not in expected:
+        if name not in linear_layers(inner):
+            raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
+        linear = inner.get_submodule(name)
+        in_out = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
+        twin = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)
+        shapes.update({f"{name}.{key}": p.shape for key, p in twin.named_parameters() if "lora_" in key})
+    for name in {**state, **shapes}:
+        if name not in state or name not in shapes:
             raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
-        if state[name].shape != expected[name]:
-            raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, and {[*expected[name]]} in this model")
+        if state[name].shape != shapes[name]:
+            raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, and {[*shapes[name]]} in this model")
 
-    if not present:
-        insert(model, layers)
-    parameters = dict(model.named_parameters())
+    insert(inner, layers)
+    parameters = dict(inner.named_parameters())
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].requires_grad_(True).copy_(value)
-    set_warmup(model, 1.0)
-    return wrapped
+    return model
 
 
 def merge_adapters(model):
@@ -458,8 +448,7 @@ def adapter_report(model, since=None):
     return report
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the verbs are made of
+# ---- What the verbs are made of --------------------------------------------------------------------------------------
 
 
 def is_conv1d(module):
@@ -522,8 +511,6 @@ def save_atomically(content, path):
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -28,8 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.download import model_folder
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RoPE and blocks
+# ---- RoPE and blocks -------------------------------------------------------------------------------------------------
 
 
 def rope_table(cfg, positions):
@@ -159,8 +158,7 @@ def run_layers(model, x, *args):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT: causal, norm before each part
+# ---- GPT: causal, norm before each part ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -280,8 +278,7 @@ class GPT(nn.Module):
         return load_pretrained(name_or_folder, dtype, device, cls)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder: looks both ways, norm after each part
+# ---- Encoder: looks both ways, norm after each part ------------------------------------------------------------------
 
 
 @dataclass
@@ -424,8 +421,7 @@ class Classifier(nn.Module):
         return self.head(pooled.to(self.head.weight.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published weights: their names to ours. {i} is the layer. A name stands for its weight and its bias.
+# ---- Published weights: their names to ours. {i} is the layer. A name stands for its weight and its bias. ------------
 
 QKV = "layers.{i}.attention.q_proj layers.{i}.attention.k_proj layers.{i}.attention.v_proj"  # one tensor of theirs
 GPT2_NAMES = {

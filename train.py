@@ -29,14 +29,13 @@ from data import instruct
 from data.batches import batches_by_length, by_choice, collate, collate_left, encode_examples, epoch_batches
 from data.download import model_folder
 from data.metrics import METRICS, summarise
-from data.tasks import GLUE, MIX, first_of_each, hold_out, load_task, majority_score
+from data.tasks import GLUE, MIX, first_of_each, hold_out, load_task
 from data.tokenizer import Tokenizer
 from dual_lora import (DoRALinear, DualLoRALinear, LoRALinear, apply_adapters, merged, save_adapter, save_atomically,
                        set_warmup)
 from model import GPT, Classifier, load_pretrained, read_config
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
+# ---- Options ---------------------------------------------------------------------------------------------------------
 
 # A method: the layer that apply_adapters puts in, and the options that it takes.
 METHODS = {
@@ -138,10 +137,6 @@ def check(cfg):
     for name in idle if layer else idle + ADAPTERS_ONLY:
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
-    if (cfg.dropout or 0) >= 1:
-        raise ValueError(f"--dropout={cfg.dropout}: it should be below 1")
-    if cfg.max_length is not None and cfg.max_length < 8:
-        raise ValueError(f"--max_length={cfg.max_length}: it should be at least 8")
     if cfg.method == "dual_lora" and (cfg.r or 0) % 2:
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
     if cfg.max_steps is not None and cfg.epochs is not None:
@@ -152,8 +147,7 @@ def check(cfg):
         raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Presets: what is not set, by model family and kind of task. The first row that fits is taken.
+# ---- Presets: what is not set, by model family and kind of task. The first row that fits is taken. -------------------
 
 COMMON = dict(tasks=None, targets="q_proj,v_proj", r=8, alpha=16.0, dropout=0.0, init_std=0.02, scale_warmup_steps=30,
               lr_warmup_share=0.06, batch_size=32, eval_interval=250)
@@ -220,8 +214,7 @@ def complete(cfg, preset, task, positions):
     return Config(**values)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
@@ -270,8 +263,7 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.learning_rate, fused=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss and evaluation. A batch is a list of examples, and an example has one row of ids, or one for each choice.
+# ---- Loss and evaluation. A batch is a list of examples, and an example has one row of ids, or one for each choice. --
 
 
 def answer_logprobs(model, rows, pad, device):
@@ -350,8 +342,7 @@ def predict_written(model, task, examples, tokenizer, device):
             "failed": [int(answer is None) for answer in found]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run ---------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(cfg, step):
@@ -395,10 +386,9 @@ class Run:
             file.write(self.history[-1])
 
     def save(self):
-        cuda = torch.cuda.get_rng_state() if self.sums.is_cuda else None
         state = {"settings": self.settings, "step": self.step, "history": self.history, "sums": self.sums.cpu(),
                  "parameters": {name: p.detach() for name, p in self.parameters.items()},
-                 "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(), "cuda_random": cuda}
+                 "optimizer": self.optimizer.state_dict()}
         save_atomically(state, self.folder / "checkpoint.pt")
 
     def load(self, path):
@@ -414,14 +404,12 @@ class Run:
                 p.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history, self.sums = state["step"], state["history"], state["sums"].to(self.sums.device)
-        torch.set_rng_state(state["random"])
-        if self.sums.is_cuda:
-            torch.cuda.set_rng_state(state["cuda_random"])
 
 
 def training_step(run, task, batch, pad, autocast):
     """One step of AdamW. The loss is the mean over the whole batch's targets, however many pieces it comes in."""
     cfg, device = run.cfg, run.sums.device
+    torch.manual_seed(cfg.seed * 1_000_003 + run.step)  # dropout is of seed and step alone, as the batches are
     set_warmup(run.model, scale_factor(cfg, run.step))
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, run.step)
@@ -469,7 +457,6 @@ def train(cfg, task=None):
     how = tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt
     examples, validation = encode_examples(task, task.train, *how), encode_examples(task, task.validation, *how)
     run = Run(cfg, model, make_optimizer(model, cfg), device)
-    torch.manual_seed(cfg.seed + 2)  # dropout
     run.start()
     describe(run, task, bfloat16, preset)
 
@@ -542,32 +529,17 @@ def show(values):
 
 
 def finish(run, task, examples):
-    """Save the adapter, write and print the last line, and return it as a dict."""
-    cfg, metric = run.cfg, task.metric
-    evaluations = [line for line in map(json.loads, run.history) if "validation" in line]
-    best, last = max(evaluations, key=lambda line: line["validation"][metric]), evaluations[-1]["validation"]
-    result = {"final": True, "metric": metric, "value": last[metric], "validation": last, "examples": len(examples),
-              "best_value": best["validation"][metric], "best_step": best["step"], "majority": majority_score(task),
-              "protocol": protocol(run), "trainable": sum(p.numel() for p in run.parameters.values()),
-              "settings": run.settings}
+    """Save what was trained, write and print the last line, and return it as a dict."""
+    metric, values = task.metric, json.loads(run.history[-1])["validation"]
+    result = {"final": True, "metric": metric, "value": values[metric], "validation": values, "examples": len(examples),
+              "trainable": sum(p.numel() for p in run.parameters.values()), "settings": run.settings}
     if run.parameters:
         save_adapter(run.model, run.folder / "adapter.pt")
     run.record(**result)
-    print(f"\n{task.name}, {cfg.method}: {metric} {last[metric]:.4f} at the last step, on {len(examples):,} examples; "
-          f"best {result['best_value']:.4f} at step {best['step']}; most frequent answer {result['majority']:.4f}\n"
-          f"{run.folder / 'adapter.pt'} holds what was trained: dual_lora.load_adapter puts it on the base model")
+    print(f"{run.folder / 'adapter.pt'} holds what was trained: dual_lora.load_adapter puts it on the base model\n"
+          f"{task.name}, {run.cfg.method}: {metric} {values[metric]:.4f} at the last step, "
+          f"on {len(examples):,} examples")
     return result
-
-
-def protocol(run):
-    """How the number comes about, which belongs beside it."""
-    cfg = run.cfg
-    if isinstance(run.model, Classifier):
-        return "head"
-    if cfg.protocol == "likelihood":
-        return "likelihood of each choice"
-    learnt = "prompt and response" if cfg.train_on_prompt else "response alone"
-    return f"{cfg.protocol}, template {instruct.template_hash(cfg.protocol)}, greedy, trained on {learnt}"
 
 
 def main(arguments):

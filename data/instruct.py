@@ -5,7 +5,6 @@ A question with its choices is an instruction. A template goes around it, the mo
 thing in it that looks like an answer counts. Wording and white space of records and templates are theirs, to the
 letter, since they change the tokens and so the numbers.
 """
-import hashlib
 import json
 import re
 
@@ -77,8 +76,7 @@ def record(name, doc):
     return {"instruction": instruction(doc), "output": f"the correct answer is {answer}", "answer": answer}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates
+# ---- Templates -------------------------------------------------------------------------------------------------------
 
 # Theirs came out of an indented source text, so most lines begin with 16 spaces. The one for training has two spaces
 # after the first sentence and 16 on an empty line; the one for evaluation has one space and none.
@@ -94,11 +92,6 @@ TEMPLATES = {"instruct": (TRAINING, TRAINING), "llm_adapters": (TRAINING, EVALUA
 def prompt(instruction, protocol, training=False):
     """What stands before the response: under "instruct" the training template, under "llm_adapters" theirs."""
     return TEMPLATES[protocol][0 if training else 1].replace("{}", instruction)
-
-
-def template_hash(protocol):
-    """12 hexadecimal digits that change with the templates."""
-    return hashlib.sha256("\0".join(TEMPLATES[protocol]).encode()).hexdigest()[:12]
 
 
 def extract(name, generated):

@@ -56,7 +56,7 @@ def check_example(record, where):
         choices = record.get("choices")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f'{where}: "choices" should be a list of at least two texts, and is {shown(choices)}')
-        example["choices"] = [without_surrogates(choice) for choice in choices]
+        example["choices"] = choices
     else:
         example["text_a"] = text_field(record, "text_a", where)
         if record.get("text_b") is not None:
@@ -79,12 +79,7 @@ def text_field(record, name, where):
     if not isinstance(record.get(name), str):
         wrong = f"should be text, and is {shown(record[name])}" if name in record else "is missing"
         raise ValueError(f'{where}: "{name}" {wrong}')
-    return without_surrogates(record[name])
-
-
-def without_surrogates(text):
-    """JSON can spell half a character ("\\ud800"), which no tokenizer takes; it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return record[name]
 
 
 def shown(value):

@@ -19,7 +19,6 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.jsonl import read_jsonl, write_jsonl
-from data.metrics import score
 
 
 @dataclass
@@ -34,8 +33,7 @@ class Task:
     key: Optional[Callable] = None  # of an example; examples with one key are near-duplicates and stay on one side
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a published record to an example. Multiple choice is a cloze: the question, then the answer's own words.
+# ---- From a published record to an example. Multiple choice is a cloze: the question, then the answer's own words. ---
 
 
 def sarcasm(record):
@@ -71,8 +69,7 @@ def question_key(example):
     return " ".join(example["prompt"].casefold().split()[1:4])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tasks
+# ---- The tasks -------------------------------------------------------------------------------------------------------
 
 
 # name: (record to example, the key of an example). These two have no official splits.
@@ -250,8 +247,7 @@ def count_classes(source, train, validation):
     return known[-1] + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before training
+# ---- Before training -------------------------------------------------------------------------------------------------
 
 
 def hold_out(task):
@@ -276,19 +272,3 @@ def first_of_each(examples, n):
         if n is None or seen[example.get("set", "")] <= n:
             kept.append(example)
     return kept
-
-
-def majority_score(task):
-    """What always giving the most frequent training label scores on the validation data, as the mean over its sets.
-
-    0 for regression, and where an example has no label.
-    """
-    labels = {}
-    for example in task.validation:
-        labels.setdefault(example.get("set", ""), []).append(example.get("label"))
-    if task.n_classes == 1 or any(None in part for part in labels.values()):
-        return 0.0
-    counts = Counter(example["label"] for example in task.train if "label" in example)
-    most = counts.most_common(1)[0][0] if counts else 0
-    scores = [score(task.metric, [most] * len(part), part)[task.metric] for part in labels.values()]
-    return sum(scores) / len(scores)

@@ -114,8 +114,7 @@ def encoded(toys, model, task):
     return task, train.encode_examples(task, task.validation, tokenizer, model == "llama", 64), tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Learning
+# ---- Learning --------------------------------------------------------------------------------------------------------
 
 
 METHODS = ("dual_lora", "lora", "dora", "full", "linear_probe")
@@ -221,8 +220,7 @@ def test_evaluation_happens_in_plain_layers_and_leaves_the_adapters_in_place(toy
     assert seen == (["step"] * 3 + ["evaluation"]) * 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A GPT on multiple choice
+# ---- A GPT on multiple choice ----------------------------------------------------------------------------------------
 
 
 def test_the_likelihood_of_an_answer_is_transformers_sum_of_its_log_probabilities(toys):
@@ -283,8 +281,7 @@ def test_a_written_answer_is_read_up_to_the_end_token(toys):
     assert predictions == {"main": [1, 0, 0], "failed": [0, 1, 0]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The same numbers
+# ---- The same numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model, task", [("bert", "classification"), ("bert", "choice"), ("llama", "choice")])
@@ -335,8 +332,7 @@ def test_the_same_command_writes_the_same_file_and_another_seed_or_dropout_does_
     assert before_evaluation[3][0] != before_evaluation[0][0], "dropout acts from the first steps on"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resuming
+# ---- Resuming --------------------------------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -418,8 +414,7 @@ def test_resuming_with_other_options_or_a_damaged_checkpoint_is_refused_and_chan
     assert (tmp_path / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules and presets
+# ---- Schedules and presets -------------------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_then_falls_and_the_optimizer_uses_it(toys, tmp_path, monkeypatch):
@@ -485,8 +480,7 @@ def test_max_length_is_cut_to_the_models_positions_unless_it_was_asked_for(toys,
         arguments(toys, tmp_path, "--max_length=65"), 1, capsys)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Faults and bad input
+# ---- Faults and bad input --------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_becomes_nan_is_one_line_and_the_last_good_checkpoint_stays(toys, tmp_path, monkeypatch, capsys):
@@ -554,8 +548,7 @@ def test_help_names_every_option(capsys):
     assert not status and all(f"--{name}" in shown for name in train.Config.__dataclass_fields__)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Slow
+# ---- Slow ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

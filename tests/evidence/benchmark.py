@@ -41,8 +41,7 @@ WARM = 2  # rounds that do not count: compilation, and the allocator's first req
 COMPILED = ", compiled"
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Time and memory
+# ---- Time and memory -------------------------------------------------------------------------------------------------
 
 
 def in_turn(steps, rounds):
@@ -125,8 +124,7 @@ def measure_speeds(device):
     return speeds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One layer
+# ---- One layer -------------------------------------------------------------------------------------------------------
 
 
 class PlainAutograd(DualLoRALinear):
@@ -201,8 +199,7 @@ def layer_table(layers, shape, tokens, rank, dtype, rounds, device, speeds):
     return table(["", "ms forward", "ms backward", "ms", "to full", "predicted", "kept MB", "peak MB"], rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole models
+# ---- Whole models ----------------------------------------------------------------------------------------------------
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
 LLAMA = partial(GPTConfig, learned_positions=False, rms_norm=True, activation="silu", gated=True, attention_bias=False,
@@ -316,8 +313,7 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
     return {size: table(header, rows[size]) for size in sizes}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def megabytes(n):
