@@ -1,4 +1,4 @@
-"""SmolLM2's GGUF file as a folder in the Hub's layout: config.json, model.safetensors, tokenizer.json and its settings.
+"""SmolLM2's GGUF file as a folder in the Hub's layout: config.json, pytorch_model.bin, tokenizer.json and its settings.
 
 Reads what that one file holds: LLaMA architecture, tensors in F32, Q8_0 and Q4_1, byte-level BPE.
 """
@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import torch
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -125,45 +126,28 @@ def write_folder(meta, state, folder):
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     special = {name: meta[f"tokenizer.ggml.{key}_token_id"]
                for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    width, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokens),
-        "hidden_size": width, "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"], "num_attention_heads": heads,
-        "num_key_value_heads": meta["llama.attention.head_count_kv"], "head_dim": width // heads,
+        "hidden_size": meta["llama.embedding_length"], "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"], "num_attention_heads": meta["llama.attention.head_count"],
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
         "max_position_embeddings": meta["llama.context_length"],
         "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 12),
-        "rope_theta": meta["llama.rope.freq_base"], "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "tie_word_embeddings": True, **{f"{name}_token_id": i for name, i in special.items()}, "torch_dtype": "float32",
+        "rope_theta": meta["llama.rope.freq_base"], "tie_word_embeddings": True,
+        **{f"{name}_token_id": i for name, i in special.items()},
     }
-    control = [i for i, kind in enumerate(types) if kind == CONTROL]
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
         "added_tokens": [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for i in control],
+                          "normalized": False, "special": True} for i, kind in enumerate(types) if kind == CONTROL],
         "pre_tokenizer": {"type": "Sequence",
                           "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
         "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": meta["tokenizer.ggml.merges"]},
+        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
+                  "merges": meta["tokenizer.ggml.merges"]},
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": meta["tokenizer.ggml.add_bos_token"],
                 **{f"{name}_token": tokens[i] for name, i in special.items()}}
     for name, content in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", settings)):
         (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    write_safetensors(state, folder / "model.safetensors")
-
-
-def write_safetensors(state, path):
-    """In float32: a 4-bit integer times a float16 scale plus a float16 minimum does not fit into 16 bits."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, array in state.items():
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for array in state.values():
-            file.write(array.astype("<f4", copy=False).tobytes())
+    # In float32: a 4-bit integer times a float16 scale plus a float16 minimum does not fit into 16 bits.
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, folder / "pytorch_model.bin")

@@ -11,7 +11,7 @@ from data import tasks
 from data.batches import collate, collate_left, encode_examples, epoch_batches, shorten
 from data.download import cache_dir
 from data.jsonl import write_jsonl
-from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task, majority_score
+from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task
 
 GOOD, BAD = {"text_a": "a film", "label": 1}, {"text_a": "a bore", "label": 0}
 CHOICE = {"prompt": "Q:", "choices": [" a", " b", " c"], "label": 2}
@@ -57,11 +57,6 @@ def test_lines_end_at_newlines_alone(tmp_path):
     raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n\n'.encode()
     task = load_task(write_task(tmp_path, raw, raw))
     assert [example["text_a"] for example in task.train] == ["one\u2028still one\x85", ""]
-
-
-def test_half_a_character_becomes_the_replacement_character(tmp_path):
-    raw = b'{"text_a": "a\\ud800b \\ud83d\\ude00", "label": 0}\n{"text_a": "x", "label": 1}\n'
-    assert load_task(write_task(tmp_path, raw)).train[0]["text_a"] == "a\ufffdb 😀"
 
 
 LINE = json.dumps(GOOD).encode() + b"\n"
@@ -229,15 +224,6 @@ def test_near_duplicates_are_held_out_together():
 def test_the_first_n_of_each_set_are_kept():
     examples = [{"set": name, "label": i} for i in range(3) for name in "ab"]
     assert first_of_each(examples, 2) == examples[:4] and first_of_each(examples, None) == examples
-
-
-def test_the_majority_is_the_training_datas():
-    assert majority_score(make_task([GOOD, GOOD, BAD], [GOOD, BAD, BAD])) == pytest.approx(1 / 3)
-
-
-def test_the_majority_score_of_several_sets_is_their_mean():
-    parts = [{**GOOD, "set": "a"}] + [{**BAD, "set": "b"}] * 3
-    assert majority_score(make_task([GOOD], parts)) == 0.5
 
 
 # Batches
