@@ -227,7 +227,8 @@ class DualLinear(torch.autograd.Function):
         G = gy_rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
         W = torch.empty_like(G)
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
-        if torch.compiler.is_compiling():  # tied to gy: else the compiler keeps the forward pass's BA, DC and W
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # tied to gy: else the compiler keeps the forward pass's BA, DC and W
             A, C = torch.where(gy_rows[0, 0] > 0, A, A), torch.where(gy_rows[0, 0] > 0, C, C)
         with full_precision(x):
             sB = s * B
@@ -242,7 +243,7 @@ class DualLinear(torch.autograd.Function):
                 dB[rows] = s * (g_m @ A.t())
                 dC += D[rows].t() @ g_d
                 dD[rows] = g_d @ C.t()
-            gx = gy @ W if ctx.needs_input_grad[0] else None
+            gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # compiled, torch 2.4 gives the wrong answer
         gW0 = G if ctx.needs_input_grad[1] else None
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return gx, gW0, gbias, dA, dB, dC, dD, None, None
