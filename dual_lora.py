@@ -19,9 +19,9 @@ without it.
 
     apply_adapters(model, ["q_proj", "v_proj"], r1=4, r2=4)      # freezes all but the adapters
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params, lr=5e-4, weight_decay=0.0)    # search around LoRA's rate
     for step, batch in enumerate(batches):
-        set_warmup(model, min(1.0, step / 30))
+        set_warmup(model, min(1.0, step / 100))
         loss = model(batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
     save_adapter(model, "adapter.pt")                            # load_adapter(fresh_model, "adapter.pt")
     merge_adapters(model)                                        # plain layers again, with W0 + dW
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 
 def sign(x):
-    """+1 where x > 0, else -1. torch.sign has a third value: at 0 no magnitude could move the weight."""
+    """+1 where x > 0, else -1. torch.sign(0) is 0, which would switch the entry off."""
     return (x.sign() - 0.5).sign()  # torch.where(x > 0, 1.0, -1.0) takes a CPU ten times as long
 
 
@@ -93,7 +93,8 @@ def check_estimator(ste):
 class AdaptedLinear(nn.Linear):
     """What all methods share: a linear layer's weight and bias, the same Parameter objects, taken over and frozen.
 
-    Hugging Face's Conv1D (GPT-2) keeps its layout, weight (in, out). `settings` rebuild the adapter from its file.
+    A method adds its parameters, named lora_..., lora_A among them, and defines delta_weight and forward. `settings`
+    rebuild the layer from its file. Hugging Face's Conv1D (GPT-2) keeps its layout, weight (in, out).
     """
 
     def __init__(self, linear, **settings):
@@ -102,6 +103,7 @@ class AdaptedLinear(nn.Linear):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.transposed = is_conv1d(linear)
         self.out_features, self.in_features = self.base_weight().shape
+        # weights_only, with which files are read, refuses NumPy's numbers.
         self.settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
         self.original = (linear,)  # for plain_layer; in a tuple, since it is no submodule
         self.train(linear.training)
@@ -110,9 +112,10 @@ class AdaptedLinear(nn.Linear):
         """W0 (out, in), a view where the layer is a Conv1D."""
         return self.weight.t() if self.transposed else self.weight
 
-    def new_parameter(self, init, *shape):
+    def new_parameter(self, init, *shape, **options):
         """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device."""
-        return nn.Parameter(init(torch.empty(shape, dtype=torch.float32, device="cpu")).to(self.weight.device))
+        drawn = init(torch.empty(shape, dtype=torch.float32, device="cpu"), **options)
+        return nn.Parameter(drawn.to(self.weight.device))
 
     def check_precision(self):
         if self.lora_A.dtype in (torch.bfloat16, torch.float16):
@@ -142,15 +145,11 @@ class DualLoRALinear(AdaptedLinear):
         check_estimator(ste)
         super().__init__(linear, r1=r1, r2=r2, alpha=alpha, dropout=dropout, ste=ste, init_std=init_std)
         self.scaling, self.dropout, self.ste = alpha / math.sqrt(r1 * r2), dropout, ste
-
-        def normal(t):
-            return t.normal_(std=init_std)
-
-        # None starts at zero: see "Step 0" above.
-        self.lora_A = self.new_parameter(normal, r1, self.in_features)
-        self.lora_B = self.new_parameter(normal, self.out_features, r1)
-        self.lora_C = self.new_parameter(normal, r2, self.in_features)
-        self.lora_D = self.new_parameter(normal, self.out_features, r2)
+        # No matrix starts at zero: see "Step 0" above.
+        self.lora_A = self.new_parameter(nn.init.normal_, r1, self.in_features, std=init_std)
+        self.lora_B = self.new_parameter(nn.init.normal_, self.out_features, r1, std=init_std)
+        self.lora_C = self.new_parameter(nn.init.normal_, r2, self.in_features, std=init_std)
+        self.lora_D = self.new_parameter(nn.init.normal_, self.out_features, r2, std=init_std)
         # A tensor, not a number: torch.compile would compile again whenever a number changes.
         self.register_buffer("warmup", torch.ones((), device=self.weight.device), persistent=False)
 
@@ -167,9 +166,9 @@ class DualLoRALinear(AdaptedLinear):
         W0, adapter = self.base_weight(), (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
         s = self.warmup * self.scaling
         if self.training and self.dropout > 0:
-            nothing = W0.new_zeros(self.out_features, 1)  # in W0's place, for the adapter's branch alone
+            zeros = W0.new_zeros(self.out_features, 1)  # broadcast in W0's place: the adapter's branch alone
             dropped = F.dropout(x, self.dropout)
-            return F.linear(x, W0, self.bias) + DualLinear.apply(dropped, nothing, None, *adapter, s, self.ste)
+            return F.linear(x, W0, self.bias) + DualLinear.apply(dropped, zeros, None, *adapter, s, self.ste)
         return DualLinear.apply(x, W0, self.bias, *adapter, s, self.ste)
 
 
@@ -228,7 +227,7 @@ class DualLinear(torch.autograd.Function):
         W = torch.empty_like(G)
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
         compiling = torch.compiler.is_compiling()
-        if compiling:  # tied to gy: else the compiler keeps the forward pass's BA, DC and W
+        if compiling:  # makes A and C depend on gy, so that BA and DC are formed again here and not kept
             A, C = torch.where(gy_rows[0, 0] > 0, A, A), torch.where(gy_rows[0, 0] > 0, C, C)
         with full_precision(x):
             sB = s * B
@@ -243,7 +242,7 @@ class DualLinear(torch.autograd.Function):
                 dB[rows] = s * (g_m @ A.t())
                 dC += D[rows].t() @ g_d
                 dD[rows] = g_d @ C.t()
-            gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # compiled, torch 2.4 gives the wrong answer
+            gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # torch 2.4 compiles the question wrong
         gW0 = G if ctx.needs_input_grad[1] else None
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return gx, gW0, gbias, dA, dB, dC, dD, None, None
@@ -263,7 +262,7 @@ class LoRALinear(AdaptedLinear):
             raise ValueError(f"r is {r}: a rank is at least 1")
         super().__init__(linear, r=r, alpha=alpha, dropout=dropout)
         self.scaling, self.dropout = alpha / r, dropout
-        self.lora_A = self.new_parameter(lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5)), r, self.in_features)
+        self.lora_A = self.new_parameter(nn.init.kaiming_uniform_, r, self.in_features, a=math.sqrt(5))
         self.lora_B = self.new_parameter(nn.init.zeros_, self.out_features, r)
 
     def delta_weight(self):
@@ -352,12 +351,12 @@ def adapter_state_dict(model):
 def save_adapter(model, path):
     """Write adapter_state_dict(model), and what rebuilds the adapters, to `path`, whole or not at all.
 
-    The warm-up factor is not saved: a loaded adapter has factor 1.
+    The warm-up factor is not saved: a loaded adapter has factor 1. Inside `merged` a model has no adapters to save.
     """
     layers = {name: (type(layer).__name__, layer.settings) for name, layer in adapted_layers(model).items()}
     state = {name: p.cpu() for name, p in adapter_state_dict(model).items()}
     if not state:
-        raise ValueError("nothing to save: the model has no adapters (inside `merged` it never has) and trains nothing")
+        raise ValueError("nothing to save: no adapters (inside `merged` there are none) and no trainable parameter")
     save_atomically({"layers": layers, "state": state}, path)
 
 
@@ -375,8 +374,8 @@ def load_adapter(model, path):
             raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
         linear = inner.get_submodule(name)
         in_out = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
-        twin = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)
-        shapes.update({f"{name}.{key}": p.shape for key, p in twin.named_parameters() if "lora_" in key})
+        expected = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)  # shapes, without memory
+        shapes.update({f"{name}.{key}": p.shape for key, p in expected.named_parameters() if "lora_" in key})
     for name in {**state, **shapes}:
         if name not in state or name not in shapes:
             raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
@@ -408,7 +407,7 @@ def merged(model):
     """Inside, every adapted layer is a plain one with W0 + dW: evaluation and generation at the base model's speed.
 
     Afterwards, an error included, the adapters are back and W0 is what it was: layers are swapped, nothing is
-    subtracted.
+    subtracted. Needs memory for the adapted weights once more.
     """
     adapted = {name: layer for name, layer in adapted_layers(model).items() if layer is not model}
     try:
@@ -417,7 +416,8 @@ def merged(model):
         yield model
     finally:
         for name, layer in adapted.items():
-            replace(model, name, layer.train(unwrapped(model).get_submodule(name).training))
+            plain = unwrapped(model).get_submodule(name)
+            replace(model, name, layer.train(plain.training))  # model.eval() inside holds afterwards
 
 
 @torch.no_grad()
@@ -520,11 +520,19 @@ def save_atomically(content, path):
 
 def read_adapter(path):
     """({layer's name: (class, settings)}, {name: tensor}) of a file by save_adapter; ValueError for any other."""
-    classes = {cls.__name__: cls for cls in (DualLoRALinear, LoRALinear, DoRALinear)}
-    open(path, "rb").close()  # a file that is not there says so itself
+    classes = layer_classes(AdaptedLinear)
+    open(path, "rb").close()  # a missing file raises its own error here
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         layers = {name: (classes[cls], settings) for name, (cls, settings) in content["layers"].items()}
         return layers, content["state"]
     except Exception as error:  # torch raises half a dozen kinds for a file cut short
         raise ValueError(f"{path} is cut short, or was not written by save_adapter ({type(error).__name__})") from None
+
+
+def layer_classes(base):
+    """{name: class} of all that derive from `base`, a user's own method too."""
+    classes = {}
+    for cls in base.__subclasses__():
+        classes |= {cls.__name__: cls} | layer_classes(cls)
+    return classes

@@ -55,7 +55,7 @@ def option(default, help, choices=None):
 class Config:
     task: str = option("sarcasm", "a task's name, or a folder with train.jsonl and validation.jsonl")
     data_dir: str | None = option(None, "folder with GLUE's files, or LLM-Adapters' clone, to read instead of fetching")
-    model: str | None = option(None, "minilm, smollm2, a Hub name or a folder; default minilm, or smollm2")
+    model: str | None = option(None, "minilm, smollm2 (the default on multiple choice), a Hub name or a folder")
     method: str = option("dual_lora", "what is trained", METHODS)
     protocol: str = option("likelihood", "of a GPT on multiple choice", ("likelihood", "instruct", "llm_adapters"))
     train_on_prompt: bool = option(False, "under the instruct protocols: learn the prompt too, as LLM-Adapters does")
@@ -82,7 +82,7 @@ class Config:
     # data, evaluation, files
     max_length: int | None = option(None, "tokens; longer texts are cut")
     eval_interval: int | None = option(None, "steps between evaluations; the last step has one in any case")
-    eval_examples: int | None = option(None, "evaluate on the first so many validation examples")
+    eval_examples: int | None = option(None, "evaluate on the first so many validation examples of each set")
     held_out: bool = option(False, "validate on held-out training data: tune with this")
     log_interval: int = option(10, "steps between progress lines")
     checkpoint_interval: int = option(50, "steps between checkpoints")
@@ -133,11 +133,11 @@ def check(cfg):
         if number and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
             raise ValueError(f"--{name}={value}: it should be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
     layer = METHODS[cfg.method][0]
-    idle = () if layer and issubclass(layer, DualLoRALinear) else DUAL_ONLY
-    for name in idle if layer else idle + ADAPTERS_ONLY:
+    is_dual = layer is not None and issubclass(layer, DualLoRALinear)
+    for name in (() if is_dual else DUAL_ONLY) + (ADAPTERS_ONLY if layer is None else ()):
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
-    if cfg.method == "dual_lora" and (cfg.r or 0) % 2:
+    if is_dual and (cfg.r or 0) % 2:
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
     if cfg.max_steps is not None and cfg.epochs is not None:
         raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs:g}: give one of them")
@@ -191,11 +191,10 @@ def complete(cfg, preset, task, positions):
     """cfg with every option set. `positions` is how many tokens the model can take."""
     values = {name: preset.get(name) for name in Config.__dataclass_fields__}
     values.update({name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
-    if cfg.max_steps is None and (cfg.epochs or "epochs" in preset):
-        epochs = cfg.epochs or preset["epochs"]
-        epochs = epochs[task.name] if isinstance(epochs, dict) else epochs
+    epochs, values["epochs"] = values["epochs"], None  # they become max_steps
+    epochs = epochs[task.name] if isinstance(epochs, dict) else epochs
+    if epochs and cfg.max_steps is None:
         values["max_steps"] = max(1, round(epochs * max(1, len(task.train) // values["batch_size"])))
-    values["epochs"] = None
     steps = values["max_steps"]
     if cfg.learning_rate is None:
         values["learning_rate"] = preset["learning_rate"].get(cfg.method, preset["learning_rate"]["lora"])
@@ -248,11 +247,16 @@ def prepare(model, cfg, task, device):
 def compile_training(model):
     """torch.compile for each block, in training: all share one graph. Evaluation has other shapes and merged layers."""
     for block in getattr(model, "backbone", model).layers:
-        block.forward = in_training(block, torch.compile(block.forward, dynamic=True), block.forward)
+        block.forward = compiled_in_training(block)
 
 
-def in_training(block, compiled, plain):
-    return lambda *args, **kwargs: (compiled if block.training else plain)(*args, **kwargs)
+def compiled_in_training(block):
+    plain, compiled = block.forward, torch.compile(block.forward, dynamic=True)
+
+    def forward(*args, **kwargs):
+        return (compiled if block.training else plain)(*args, **kwargs)
+
+    return forward
 
 
 def make_optimizer(model, cfg):
@@ -277,7 +281,7 @@ def answer_logprobs(model, rows, pad, device):
     return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
 
 
-def learnt_rows(model, batch):
+def training_rows(model, batch):
     """The rows that a batch is learnt from: a GPT on multiple choice sees the right answer, a head all choices."""
     if isinstance(model, Classifier):
         return [row for example in batch for row in example.rows]
@@ -288,12 +292,12 @@ def count_targets(model, batch):
     """What the loss is the mean over: answer tokens for a GPT on multiple choice, else examples."""
     if isinstance(model, Classifier):
         return len(batch)
-    return sum(len(ids) - start for ids, start in learnt_rows(model, batch))
+    return sum(len(ids) - start for ids, start in training_rows(model, batch))
 
 
 def loss_and_right(model, task, batch, pad, device):
     """Summed loss of a batch and how many targets were right, two tensors."""
-    rows = learnt_rows(model, batch)
+    rows = training_rows(model, batch)
     if not isinstance(model, Classifier):
         logprobs, right = answer_logprobs(model, rows, pad, device)
         return -logprobs.sum(), right.sum()
@@ -307,10 +311,8 @@ def loss_and_right(model, task, batch, pad, device):
 
 
 def predict(model, task, examples, tokenizer, device):
-    """{name: one prediction an example}: "main"; for a GPT on multiple choice "per_byte" too, or "failed"."""
+    """{name: one prediction an example}: "main"; for a GPT on multiple choice "per_byte" too."""
     pad = tokenizer.pad or 0
-    if examples[0].prompt:
-        return predict_written(model, task, examples, tokenizer, device)
     rows = [row for example in examples for row in example.rows]
     columns = task.n_classes if task.kind == "classification" else 1
     scores = torch.empty(len(rows), columns)
@@ -331,7 +333,7 @@ def predict(model, task, examples, tokenizer, device):
 
 
 def predict_written(model, task, examples, tokenizer, device):
-    """"main": 1 where the written answer is the right one; "failed": 1 where none was found in the text."""
+    """The same by what the model writes. "main": 1 where it is right; "failed": 1 where the text holds no answer."""
     found = [None] * len(examples)
     for chosen in batches_by_length([len(example.prompt) + NEW_TOKENS for example in examples]):
         idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad or 0, device)
@@ -421,7 +423,7 @@ def training_step(run, task, batch, pad, autocast):
         run.sums[0] += loss.detach()
         run.sums[1] += right
     run.sums[2] += n_targets
-    run.tokens += sum(len(ids) for ids, _ in learnt_rows(run.model, batch))
+    run.tokens += sum(len(ids) for ids, _ in training_rows(run.model, batch))
     if cfg.grad_clip:
         torch.nn.utils.clip_grad_norm_(run.parameters.values(), cfg.grad_clip)
     run.optimizer.step()
@@ -434,7 +436,8 @@ def train(cfg, task=None):
     device = pick_device(cfg.device)
     bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    # A CPU's fused attention takes ten times as long as the plain one for its backward pass in bfloat16.
+    # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass. The switch is
+    # the process's, and governs the CPU too.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
 
     task = task or load_task(cfg.task, cfg.data_dir, cfg.metric)
@@ -444,18 +447,20 @@ def train(cfg, task=None):
     folder = model_folder(cfg.model)
     tokenizer = Tokenizer(folder)
     model = load_pretrained(folder, getattr(torch, cfg.weights), device)
-    is_gpt, writes = isinstance(model, GPT), cfg.protocol != "likelihood"
-    if writes and not (is_gpt and task.kind == "multiple_choice"):
+    is_gpt, generates = isinstance(model, GPT), cfg.protocol != "likelihood"
+    if generates and not (is_gpt and task.kind == "multiple_choice"):
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice, not {cfg.model} on {task.name}")
     preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
-    cfg = complete(cfg, preset, task, model.max_length - NEW_TOKENS * writes)
+    cfg = complete(cfg, preset, task, model.max_length - NEW_TOKENS * generates)
     model.checkpoint = cfg.checkpointing
     model = prepare(model, cfg, task, device)
     if cfg.compile:
         compile_training(model)
 
-    how = tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt
-    examples, validation = encode_examples(task, task.train, *how), encode_examples(task, task.validation, *how)
+    def encode(examples):
+        return encode_examples(task, examples, tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt)
+
+    examples, validation = encode(task.train), encode(task.validation)
     run = Run(cfg, model, make_optimizer(model, cfg), device)
     run.start()
     describe(run, task, bfloat16, preset)
@@ -472,7 +477,7 @@ def train(cfg, task=None):
         logging = last or run.step % cfg.log_interval == 0
         evaluating = last or run.step % cfg.eval_interval == 0
         saving = last or run.step % cfg.checkpoint_interval == 0
-        if (logging or evaluating or saving) and not run.sums[0].isfinite():  # to look is to wait for the GPU
+        if (logging or evaluating or saving) and not run.sums[0].isfinite():  # reading it waits for the GPU
             raise FloatingPointError(f"the loss is NaN or infinite at step {run.step}: try a lower --learning_rate")
         if logging:
             report_progress(run, task)
@@ -501,7 +506,9 @@ def describe(run, task, bfloat16, preset):
 def report_progress(run, task):
     loss, right, n = run.sums.tolist()
     run.sums.zero_()
-    values = {"loss": loss / n} | ({"accuracy": right / n} if task.n_classes > 1 else {})
+    values = {"loss": loss / n}
+    if task.n_classes > 1:  # a GPT on multiple choice counts tokens of the answers
+        values["accuracy" if isinstance(run.model, Classifier) else "token_accuracy"] = right / n
     run.record(step=run.step, **values)
     seconds, steps = max(time.time() - run.clock, 1e-9), run.step - run.clock_step
     left = round(seconds / steps * (run.cfg.max_steps - run.step))
@@ -516,8 +523,9 @@ def evaluate(run, task, examples, tokenizer, autocast):
     began = time.time()
     set_warmup(run.model, scale_factor(run.cfg, run.step))
     run.model.eval()
+    prediction = predict if run.cfg.protocol == "likelihood" else predict_written
     with merged(run.model), autocast:
-        values = summarise(task, examples, predict(run.model, task, examples, tokenizer, run.sums.device))
+        values = summarise(task, examples, prediction(run.model, task, examples, tokenizer, run.sums.device))
     run.model.train()
     run.record(step=run.step, validation=values)
     print(f"step {run.step}: validation {show(values)}", flush=True)
@@ -533,10 +541,9 @@ def finish(run, task, examples):
     metric, values = task.metric, json.loads(run.history[-1])["validation"]
     result = {"final": True, "metric": metric, "value": values[metric], "validation": values, "examples": len(examples),
               "trainable": sum(p.numel() for p in run.parameters.values()), "settings": run.settings}
-    if run.parameters:
-        save_adapter(run.model, run.folder / "adapter.pt")
+    save_adapter(run.model, run.folder / "adapter.pt")
     run.record(**result)
-    print(f"{run.folder / 'adapter.pt'} holds what was trained: dual_lora.load_adapter puts it on the base model\n"
+    print(f"{run.folder / 'adapter.pt'} holds what was trained\n"
           f"{task.name}, {run.cfg.method}: {metric} {values[metric]:.4f} at the last step, "
           f"on {len(examples):,} examples")
     return result
@@ -552,7 +559,7 @@ def main(arguments):
         message = f"interrupted; --resume=true goes on from the last checkpoint in {cfg.out_dir}"
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a smaller --micro_batch_size, or --checkpointing=true"
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         message = " ".join(str(error).split())
     print(f"train.py: {message}", file=sys.stderr)
     return 1 if cfg else 2

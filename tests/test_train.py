@@ -276,7 +276,7 @@ def test_a_written_answer_is_read_up_to_the_end_token(toys):
     task, tokenizer = load_task(toys / "instruct"), Tokenizer(toys / "llama")
     records = [{**task.validation[0], "instruction": "same", "answer": "option2"}] * 3
     examples = train.encode_examples(task, records, tokenizer, True, 640, "instruct")
-    predictions = train.predict(Writer(), task, examples, tokenizer, CPU)
+    predictions = train.predict_written(Writer(), task, examples, tokenizer, CPU)
     assert predictions == {"main": [1, 0, 0], "failed": [0, 1, 0]}
 
 
