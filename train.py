@@ -172,7 +172,7 @@ PRESETS = [
     COMMON | dict(
         source="ours for MiniLM, adapters' rates by tests/evidence/README.md; those of full and linear_probe are older",
         models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05,
-        max_length=128, max_steps=560, eval_interval=280,
+        max_length=128, max_steps=560, eval_interval=560,
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
     COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
