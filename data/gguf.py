@@ -5,7 +5,6 @@ Reads what that one file holds: LLaMA architecture, tensors in F32, Q8_0 and Q4_
 import io
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def convert_gguf(path, folder):
         if part in HEADS:
             array = to_half_rotation(array, meta[HEADS[part]])
         state[f"{prefix}{NAMES[part]}.{suffix}"] = array
-    write_folder(meta, state, Path(folder))
+    write_folder(meta, state, folder)
 
 
 def read_header(raw):

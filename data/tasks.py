@@ -156,7 +156,8 @@ def split_eval(name):
 def commonsense_examples(name, split):
     """Yield the examples of an official split, "train", "val" or "test", for either protocol."""
     for doc in commonsense_docs(name, split):
-        yield {**(winogrande(doc) if name == "winogrande" else cloze(doc)), **instruct.record(name, doc)}
+        example = winogrande(doc) if name == "winogrande" else cloze(doc)
+        yield example | instruct.record(name, doc)
 
 
 def commonsense_docs(name, split):
@@ -172,7 +173,6 @@ def commonsense_docs(name, split):
 
 
 def load_folder(folder, name, metric):
-    """Task of train.jsonl and validation.jsonl in the folder."""
     for required in ("train.jsonl", "validation.jsonl"):
         if not (folder / required).is_file():
             raise ValueError(f"{folder} has no {required}: a task's folder holds train.jsonl and validation.jsonl")

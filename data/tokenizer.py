@@ -263,17 +263,15 @@ class WordPiece:
     def split_word(self, word):
         if len(word) > 100:  # BERT's own limit
             return [self.ids["[UNK]"]]
-        ids, start = [], 0
-        while start < len(word):
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in self.ids:
-                    break
+        ids, start, end = [], 0, len(word)
+        while start < end:
+            piece = ("##" if start else "") + word[start:end]
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+                start, end = end, len(word)
             else:
-                return [self.ids["[UNK]"]]
-            ids.append(self.ids[piece])
-            start = end
-        return ids
+                end -= 1
+        return ids if start == len(word) else [self.ids["[UNK]"]]
 
 
 @lru_cache(maxsize=100_000)
