@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data import instruct
 
@@ -112,15 +113,12 @@ def instruct_example(example, tokenizer, max_length, protocol, train_on_prompt):
 
 def epoch_batches(examples, batch_size, seed, epoch):
     """Lists of indices, texts of similar length together. The order depends on (seed, epoch) alone, so a resumed run
-    needs to know no more than its step.
-
-    Sorting a whole epoch would show the model all short texts first. So pools of 50 batches are sorted, and the
-    batches shuffled.
-    """
+    needs to know no more than its step."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     n_batches = max(1, len(examples) // batch_size)
     order = torch.randperm(len(examples), generator=generator)[:n_batches * batch_size].tolist()
     batches = []
+    # Sorting a whole epoch would show all short texts first: so pools of 50 batches are sorted, the batches shuffled.
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start:start + 50 * batch_size]
         pool.sort(key=lambda i: max(len(ids) for ids, _ in examples[i].rows))
@@ -157,10 +155,8 @@ def collate_left(prompts, pad, device):
 
 def by_choice(scores, batch):
     """scores (rows,) as (examples, most choices), -inf where an example has fewer."""
-    table = scores.new_full((len(batch), max(len(example.rows) for example in batch)), -math.inf)
-    for i, part in enumerate(scores.split([len(example.rows) for example in batch])):
-        table[i, :len(part)] = part
-    return table
+    parts = scores.split([len(example.rows) for example in batch])
+    return pad_sequence(parts, batch_first=True, padding_value=-math.inf)
 
 
 def batches_by_length(lengths, tokens=8192):

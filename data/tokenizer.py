@@ -15,6 +15,7 @@ spells a special token ("[SEP]", "<|endoftext|>") stays text, since control toke
 import base64
 import json
 import re
+import string
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +46,10 @@ class Tokenizer:
         settings = read_json(folder / "tokenizer_config.json")
         settings = {name: value for name, value in settings.items() if value is not None}
         self.vocabulary = read_vocabulary(folder, spec, settings)
-        ids = {**added_tokens(folder, spec, settings), **self.vocabulary.ids}
+        ids = read_json(folder / "added_tokens.json")  # control tokens may be here alone
+        ids.update((token["content"], int(i)) for i, token in settings.get("added_tokens_decoder", {}).items())
+        ids.update((token["content"], token["id"]) for token in spec.get("added_tokens", []))
+        ids.update(self.vocabulary.ids)
         settings = {**read_json(folder / "special_tokens_map.json"), **settings}
         for name, usual in SPECIAL.items():
             token = settings.get(f"{name}_token")
@@ -76,8 +80,8 @@ def read_vocabulary(folder, spec, settings):
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        prefix = bool(settings.get("add_prefix_space"))
-        return byte_level_bpe(read_json(folder / "vocab.json"), merges, GPT2_PATTERN, prefix, folder / "vocab.json")
+        vocab, prefix = read_json(folder / "vocab.json"), settings.get("add_prefix_space", False)
+        return byte_level_bpe(vocab, merges, GPT2_PATTERN, prefix, folder / "vocab.json")
     for path in (folder / "tokenizer.model", folder / "spm.model"):
         if path.is_file():
             # LLaMA-3's is text: lines of a token in base64 and its rank
@@ -103,14 +107,6 @@ def read_json(path):
     return content
 
 
-def added_tokens(folder, spec, settings):
-    """{token: id} of what the folder adds to its vocabulary; control tokens may be here alone."""
-    added = read_json(folder / "added_tokens.json")
-    added.update((token["content"], int(i)) for i, token in settings.get("added_tokens_decoder", {}).items())
-    added.update((token["content"], token["id"]) for token in spec.get("added_tokens", []))
-    return added
-
-
 def adds_bos(folder, spec, settings, bos):
     """Some folders say it in tokenizer_config.json, some in tokenizer.json's template. LLaMA's own class always adds
     it, and so does a LLaMA whose tokenizer.model is all there is."""
@@ -118,8 +114,7 @@ def adds_bos(folder, spec, settings, bos):
         return bool(settings["add_bos_token"])
     if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
         return True
-    post = spec.get("post_processor") or {}
-    for step in post.get("processors", [post]):
+    for step in steps_of(spec.get("post_processor")):
         if step.get("single"):
             first = step["single"][0].get("SpecialToken", {}).get("id")
             return step.get("special_tokens", {}).get(first, {}).get("ids") == [bos]
@@ -127,17 +122,10 @@ def adds_bos(folder, spec, settings, bos):
 
 
 def steps_of(part):
-    """The steps of a tokenizer.json's normalizer or pre_tokenizer, each a dict."""
+    """The steps of a tokenizer.json's normalizer, pre_tokenizer or post_processor, each a dict."""
     if not part:
         return []
-    if part.get("type") == "Sequence":
-        return part.get("normalizers", part.get("pretokenizers", []))
-    return [part]
-
-
-def unsupported(where, steps):
-    found = " + ".join(str(step.get("type")) for step in steps) or "none"
-    return ValueError(f"{where}: this normalizer and pre_tokenizer are not supported: {found}")
+    return next((part[steps] for steps in ("normalizers", "pretokenizers", "processors") if steps in part), [part])
 
 
 # ---- BPE -------------------------------------------------------------------------------------------------------------
@@ -155,7 +143,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 class BPE:
     """Byte-pair encoding by tiktoken: text is cut into words by `pattern`, then neighbours are joined.
 
-    pieces: {bytes: ids}, the 256 bytes first, then what merges make, in the order of the merges
+    pieces: {bytes: id, or None}, the 256 bytes first, then what merges make, in the order of the merges
     prefix: whether a space is put in front of a text that has none
 
     subtle: tiktoken joins the neighbours whose sum has the lowest rank, and knows no other order. So the rank of a
@@ -164,15 +152,16 @@ class BPE:
 
     def __init__(self, pieces, ids, pattern, prefix=False):
         self.ids, self.prefix = ids, prefix
-        self.ids_of_rank = list(pieces.values())
-        self.bytes_of_id = {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
+        self.id_of_rank = list(pieces.values())
+        self.bytes_of_id = {i: piece for piece, i in pieces.items()}
         self.encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={},
                                           mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
 
     def encode(self, text):
         if self.prefix and text and not text.startswith(" "):
             text = " " + text
-        return [i for rank in self.encoding.encode_ordinary(text) for i in self.ids_of_rank[rank]]
+        ids = [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+        return [i for i in ids if i is not None]
 
     def decode(self, ids):
         text = b"".join(self.bytes_of_id.get(i, b"") for i in ids).decode("utf-8", "replace")
@@ -187,30 +176,29 @@ def byte_alphabet():
 
 
 def byte_level_bpe(vocab, merges, pattern, prefix, where):
-    alphabet, pieces = byte_alphabet(), {}
-    for character, byte in alphabet.items():
-        pieces[bytes([byte])] = [vocab[character]] if character in vocab else []  # SmolLM2 lacks some
+    alphabet = byte_alphabet()
+    pieces = {bytes([byte]): vocab.get(character) for character, byte in alphabet.items()}  # SmolLM2 lacks some
     for merge in merges:
         token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         if token not in vocab or not alphabet.keys() >= set(token):
             raise ValueError(f"{where} is not byte-level BPE: a merge makes {token!r}, which is not in the vocabulary")
-        pieces.setdefault(bytes(alphabet[character] for character in token), [vocab[token]])
+        pieces.setdefault(bytes(alphabet[character] for character in token), vocab[token])
     return BPE(pieces, vocab, pattern, prefix=prefix)
 
 
 def byte_level_steps(spec, where):
     """(pattern, prefix) of a byte-level tokenizer.json."""
     *first, last = steps_of(spec.get("pre_tokenizer")) or [{}]
-    supported = last.get("type") == "ByteLevel" and not steps_of(spec.get("normalizer"))
-    prefix = bool(last.get("add_prefix_space"))
-    if supported and not first and last.get("use_regex", True):
+    types = [str(step.get("type")) for step in [*steps_of(spec.get("normalizer")), *first, last]]
+    regex, prefix = last.get("use_regex", True), last.get("add_prefix_space", False)
+    if types == ["ByteLevel"] and regex:
         return GPT2_PATTERN, prefix
-    if supported and [step["type"] for step in first] == ["Digits"] and first[0].get("individual_digits"):
+    if types == ["Digits", "ByteLevel"] and first[0].get("individual_digits"):
         return DIGITS_PATTERN, prefix
-    if supported and [step["type"] for step in first] == ["Split"] and not last.get("use_regex", True):
-        if first[0]["behavior"] == "Isolated" and "Regex" in first[0]["pattern"]:
+    if types == ["Split", "ByteLevel"] and not regex and first[0]["behavior"] == "Isolated":
+        if "Regex" in first[0]["pattern"]:
             return first[0]["pattern"]["Regex"], prefix
-    raise unsupported(where, steps_of(spec.get("normalizer")) + first + [last])
+    raise ValueError(f"{where}: this normalizer and pre_tokenizer are not supported: {' + '.join(types)}")
 
 
 def llama3_bpe(path):
@@ -218,7 +206,7 @@ def llama3_bpe(path):
     lines = [line.split() for line in path.read_bytes().splitlines() if line]
     if len(lines) != 128_000:
         raise ValueError(f"{path} holds {len(lines):,} tokens; LLaMA-3's holds 128,000")
-    pieces = {base64.b64decode(token): [int(rank)] for token, rank in lines}
+    pieces = {base64.b64decode(token): int(rank) for token, rank in lines}
     return BPE(pieces, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}, LLAMA3_PATTERN)
 
 
@@ -228,10 +216,9 @@ class SentencePiece:
     def __init__(self, path):
         try:
             import sentencepiece
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except ImportError:
             raise ValueError(f"{path} needs a package that is not installed: pip install sentencepiece") from None
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError:
             raise ValueError(f"{path} is not a sentencepiece model, or is damaged") from None
         self.ids = {self.model.id_to_piece(i): i for i in range(self.model.vocab_size())}
@@ -255,10 +242,8 @@ class WordPiece:
             raise ValueError(f"{where} has no [UNK], the token for words that it cannot spell")
         self.ids = ids
         self.tokens = {i: token for token, i in ids.items()}
-        self.longest = max(map(len, ids))
         self.lower = settings.get("do_lower_case", True)
-        strip = settings.get("strip_accents")
-        self.strip_accents = self.lower if strip is None else strip
+        self.strip_accents = settings.get("strip_accents", self.lower)
         self.pieces = lru_cache(maxsize=200_000)(self.split_word)
 
     def encode(self, text):
@@ -278,17 +263,15 @@ class WordPiece:
     def split_word(self, word):
         if len(word) > 100:  # BERT's own limit
             return [self.ids["[UNK]"]]
-        ids, start = [], 0
-        while start < len(word):
-            for end in range(min(len(word), start + self.longest), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in self.ids:
-                    break
+        ids, start, end = [], 0, len(word)
+        while start < end:
+            piece = ("##" if start else "") + word[start:end]
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+                start, end = end, len(word)
             else:
-                return [self.ids["[UNK]"]]
-            ids.append(self.ids[piece])
-            start = end
-        return ids
+                end -= 1
+        return ids if start == len(word) else [self.ids["[UNK]"]]
 
 
 @lru_cache(maxsize=100_000)
@@ -296,7 +279,7 @@ def cleaned(character):
     """A space for white space, nothing for control characters; Chinese characters are words of their own."""
     if character in "\t\n\r":
         return " "
-    if character in "\0\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
+    if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return ""
     if unicodedata.name(character, "").startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")):
         return f" {character} "
@@ -306,5 +289,4 @@ def cleaned(character):
 @lru_cache(maxsize=100_000)
 def is_punctuation(character):
     """All of ASCII's symbols count, $ and ^ among them."""
-    ascii_symbol = character.isascii() and character.isprintable() and not character.isalnum() and character != " "
-    return ascii_symbol or unicodedata.category(character).startswith("P")
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
