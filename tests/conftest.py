@@ -1,4 +1,4 @@
-"""What every test shares: the import path, no network, and the marker for slow tests."""
+"""What every test shares: the import path, one thread, no network, a full disk, and the marker for slow tests."""
 import os
 import socket
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: toys are slower with more
 
 
 def pytest_addoption(parser):
@@ -16,11 +17,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; runs only with --slow")
 
 
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+def pytest_runtest_setup(item):
+    if "slow" in item.keywords and not item.config.getoption("--slow"):
+        pytest.skip("slow: run with --slow")
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +33,13 @@ def no_network(monkeypatch):
         return connect(sock, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_loopback)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Call it, and torch.save runs out of space midway."""
+    def save(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    return lambda: monkeypatch.setattr("torch.save", save)

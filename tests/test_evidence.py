@@ -21,17 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    """Importing peft takes longer than all else here, and on sizes this small threads only wait for each other."""
+    """Importing peft and compiling take longer than all else here."""
     monkeypatch.setattr(benchmark, "HAS_PEFT", False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Compiling takes longer than all else here."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
 
 
@@ -41,7 +32,7 @@ def rows_of(text):
     return {name: cells for name, *cells in lines[1:]}
 
 
-def test_a_layers_table_has_a_row_a_method_and_the_ratio_to_full_training(uncompiled, capsys):
+def test_a_layers_table_has_a_row_a_method_and_the_ratio_to_full_training(capsys):
     benchmark.main(["--shapes=24x16", "--tokens=8", "--rank=2", "--rounds=2", "--device=cpu"])
     shown = capsys.readouterr().out
     rows = rows_of(shown)
@@ -62,7 +53,7 @@ def test_dual_lora_keeps_its_input_and_plain_autograd_five_matrices():
     assert kept["plain autograd"] >= 3 * matrix
 
 
-def test_a_models_table_has_a_row_a_method_on_one_copy_of_the_weights(uncompiled, monkeypatch):
+def test_a_models_table_has_a_row_a_method_on_one_copy_of_the_weights(monkeypatch):
     tiny = benchmark.LLAMA(50, n_layer=1, n_head=2, n_embd=16, n_inner=24, n_kv_head=1)
     monkeypatch.setitem(benchmark.MODELS, "tiny", (tiny, benchmark.LLAMA_TARGETS))
     tables = benchmark.model_tables("tiny", [(2, 4), (1, 6)], 2, False, 2, CPU, None)
@@ -70,14 +61,10 @@ def test_a_models_table_has_a_row_a_method_on_one_copy_of_the_weights(uncompiled
     rows = rows_of(tables[2, 4])
     assert {"lora", "lora, compiled", "dora", "dual_lora", "dual_lora, compiled", "full"} <= set(rows)
     assert rows["dual_lora"][4] == rows["lora"][4] != rows["full"][4]  # trainable parameters
-
-
-def test_an_adapter_shares_the_frozen_weights_with_the_base_model():
-    base = benchmark.base_model(benchmark.LLAMA(50, n_layer=1, n_head=2, n_embd=16, n_inner=24), CPU)
+    base = benchmark.base_model(tiny, CPU)
     model = benchmark.build_model("dual_lora", base, ["q_proj"], 2)
-    assert isinstance(model.layers[0].attention.q_proj, DualLoRALinear)
-    assert model.layers[0].attention.q_proj.weight is base.layers[0].attention.q_proj.weight
-    assert type(base.layers[0].attention.q_proj) is nn.Linear
+    adapted, plain = model.layers[0].attention.q_proj, base.layers[0].attention.q_proj
+    assert isinstance(adapted, DualLoRALinear) and type(plain) is nn.Linear and adapted.weight is plain.weight
 
 
 def test_the_prediction_is_larger_as_it_is_than_compiled():
