@@ -415,8 +415,12 @@ def test_hugging_faces_trainer_trains_the_adapters_alone(tmp_path):
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
 
 
+class OwnMethod(LoRALinear):
+    """A layer class that dual_lora.py does not know."""
+
+
 @pytest.mark.parametrize("cls, settings", [(DualLoRALinear, {"r1": 2, "r2": 3, "ste": "xnor", "dropout": 0.1}),
-                                           (LoRALinear, {"r": 3}), (DoRALinear, {"r": 3})])
+                                           (LoRALinear, {"r": 3}), (DoRALinear, {"r": 3}), (OwnMethod, {"r": 3})])
 def test_a_file_gives_the_same_logits_to_the_bit_on_a_fresh_model_and_only_there(cls, settings, tmp_path):
     model, x, path = adapted_net(cls, **settings).eval(), torch.randn(4, 32), tmp_path / "adapter.pt"
     save_adapter(model, path)
