@@ -170,7 +170,7 @@ PRESETS = [
         max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
         learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
     COMMON | dict(
-        source="ours for MiniLM, adapters' rates by tests/evidence/README.md; those of full and linear_probe are older",
+        source="ours for MiniLM: adapters' rates by the table in tests/evidence/README.md, those of the others older",
         models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05,
         max_length=128, max_steps=560, eval_interval=560,
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
