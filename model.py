@@ -552,7 +552,8 @@ UNUSED = (r"(pooler|cls|classifier|qa_outputs|score|lm_head|(lm|mask)_prediction
 
 
 def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None):
-    """The GPT or Encoder of a folder, or of a name that data.download knows, in evaluation mode.
+    """The GPT or Encoder of a folder, or of a name that data.download knows, in evaluation mode; its .family is a key
+    of FAMILIES.
 
     Completely or not at all: ValueError names the tensor, and the file, that is missing, unexpected or misshapen.
     """
@@ -566,6 +567,7 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None)
     if isinstance(model, GPT) and config.tied:
         model.lm_head.weight = model.embed.weight  # to_empty gave each its own
     copy_weights(model, names, folder)
+    model.family = kind
     return model.eval()
 
 

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from data.tasks import GLUE, MIX, first_of_each, hold_out, load_task
 from data.tokenizer import Tokenizer
 from dual_lora import (DoRALinear, DualLoRALinear, LoRALinear, apply_adapters, merged, save_adapter, save_atomically,
                        set_warmup)
-from model import GPT, Classifier, load_pretrained, read_config
+from model import GPT, Classifier, load_pretrained
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
@@ -431,8 +430,8 @@ def training_step(run, task, batch, pad, autocast):
     run.step += 1
 
 
-def train(cfg, task=None):
-    """One run. Returns the last line of metrics.jsonl as a dict. `task` stands in for the one that cfg names."""
+def train(cfg):
+    """One run. Returns the last line of metrics.jsonl as a dict."""
     device = pick_device(cfg.device)
     bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
@@ -440,7 +439,7 @@ def train(cfg, task=None):
     # the process's, and governs the CPU too.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
 
-    task = task or load_task(cfg.task, cfg.data_dir, cfg.metric)
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
     task = hold_out(task) if cfg.held_out else task
     task = dataclasses.replace(task, validation=first_of_each(task.validation, cfg.eval_examples))
     cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
@@ -450,7 +449,7 @@ def train(cfg, task=None):
     is_gpt, generates = isinstance(model, GPT), cfg.protocol != "likelihood"
     if generates and not (is_gpt and task.kind == "multiple_choice"):
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice, not {cfg.model} on {task.name}")
-    preset = find_preset(read_config(os.path.join(folder, "config.json"))[2], task)
+    preset = find_preset(model.family, task)
     cfg = complete(cfg, preset, task, model.max_length - NEW_TOKENS * generates)
     model.checkpoint = cfg.checkpointing
     model = prepare(model, cfg, task, device)
