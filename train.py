@@ -169,10 +169,10 @@ PRESETS = [
         max_length=256, epochs=3, lr_warmup_steps=100, scale_warmup_steps=100, eval_interval=100_000,
         learning_rate=dict(dual_lora=2e-4, lora=3e-4, dora=2e-4, full=2e-5, linear_probe=1e-3)),
     COMMON | dict(
-        source="ours for MiniLM: adapters' rates by the table in tests/evidence/README.md, those of the others older",
+        source="ours for MiniLM: rates by the table in tests/evidence/README.md (DoRA LoRA's, linear_probe's older)",
         models=("bert", "roberta", "deberta", "deberta-v2"), init_std=0.05,
         max_length=128, max_steps=560, eval_interval=560,
-        learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=1e-4, linear_probe=2e-2)),
+        learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=5e-5, linear_probe=2e-2)),
     COMMON | dict(
         source="ours, chosen for SmolLM2-135M on held-out training data of ARC-e and Social IQA",
         models=("gpt2", "llama"), max_length=256, max_steps=200, lr_warmup_share=0.0,
