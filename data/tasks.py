@@ -219,8 +219,8 @@ def count_classes(source, train, validation):
 
 
 def hold_out(task):
-    """The task validated on held-out training data, a tenth or 1,000 examples, always the same; near-duplicates stay
-    on one side."""
+    """The task validated on held-out training data, a tenth or 1,000 examples, always the same; examples with one key
+    stay on one side."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     groups = {}
     for i in order:
