@@ -175,7 +175,7 @@ PRESETS = [
         learning_rate=dict(dual_lora=2e-3, lora=1e-3, dora=1e-3, full=5e-5, linear_probe=2e-2)),
     COMMON | dict(
         source="ours for SmolLM2: rates by the table in tests/evidence/README.md (DoRA LoRA's, the last two older)",
-        models=("gpt2", "llama"), max_length=256, max_steps=200, lr_warmup_share=0.0,
+        models=("gpt2", "llama"), max_length=256, max_steps=200,
         learning_rate=dict(dual_lora=4e-3, lora=2e-3, dora=2e-3, full=2e-4, linear_probe=5e-3)),
 ]
 
