@@ -3,8 +3,8 @@
     python tests/evidence/compare.py --task=sst2,cola --methods=lora,dual_lora --seeds=2 [any option of train.py]
 
 A task or a method may bring options: --task=sst2,cola:max_steps=1500 --methods=lora,lora:r=16,dual_lora,full.
-Methods beside train.py's: no_relu, no_sign, loha (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each
-task and method, by one run a rate on held-out training data with a seed that is not reported. Full fine-tuning has a
+Methods beside train.py's: no_relu, no_sign, loha, random_start (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each
+task and method, by --grid_seeds runs a rate on held-out training data with seeds that are not reported. Full fine-tuning has a
 grid of its own, --full_grid. "dora@lora" takes the rate that was chosen for lora. Without a grid, the rate is
 --learning_rate or the preset's. --jobs=2 makes two runs at a time, with one thread each.
 
@@ -37,7 +37,7 @@ from data.tasks import load_task  # noqa: E402
 from dual_lora import adapter_report, adapter_state_dict  # noqa: E402
 from model import load_pretrained  # noqa: E402
 
-GRID_SEED = 1000
+GRID_SEED = 1000  # the first one
 NO_MATTER = ("out_dir", "resume", "data_dir", "device", "eval_interval", "log_interval", "checkpoint_interval")
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; with more the last one is a little too wide.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -51,6 +51,7 @@ def parse(arguments):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--grid")
     parser.add_argument("--full_grid")
+    parser.add_argument("--grid_seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out_dir", type=Path, default=Path("out/compare"))
     return parser.parse_known_args(arguments)
@@ -160,14 +161,17 @@ def choose_rates(tasks, methods, options, args):
         text = args.full_grid if split_spec(method)[0] == "full" and args.full_grid else args.grid
         return [float(rate) for rate in text.split(",")]
 
-    tried = {(task, method, rate): config(task, method, options, learning_rate=rate, seed=GRID_SEED, held_out=True)
-             for task in tasks for method in methods if "@" not in method for rate in grid(method)}
-    values = {key: run["value"] for key, run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs))}
+    tried = {(task, method, rate, seed): config(task, method, options, learning_rate=rate, seed=seed, held_out=True)
+             for task in tasks for method in methods if "@" not in method for rate in grid(method)
+             for seed in range(GRID_SEED, GRID_SEED + args.grid_seeds)}
+    values = {}
+    for (*key, _), run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs)):
+        values[tuple(key)] = values.get(tuple(key), 0) + value_or_worst(run["value"])
     rates = {}
     for task in tasks:
         for method in methods:
             source = method.partition("@")[2] or method
-            rates[task, method] = max(grid(source), key=lambda rate: value_or_worst(values[task, source, rate]))
+            rates[task, method] = max(grid(source), key=lambda rate: values[task, source, rate])
     return rates
 
 
