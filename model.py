@@ -149,9 +149,9 @@ class RMSNorm(nn.Module):
 
 
 def run_layers(model, x, *args):
-    """x through model.layers. model.checkpoint keeps only each layer's input, and the backward pass runs it again."""
+    """x through model.layers. With gradient checkpointing only each layer's input is kept, and backward runs it again."""
     for layer in model.layers:
-        if model.checkpoint and model.training:
+        if model.gradient_checkpointing and model.training:
             x = checkpoint(layer, x, *args, use_reentrant=False)
         else:
             x = layer(x, *args)
@@ -208,9 +208,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.max_length = config.n_positions  # a hard limit with learned positions, what pre-training saw with RoPE
-        self.checkpoint = False               # True: recompute activations in the backward pass
+        self.gradient_checkpointing = False   # True: recompute activations in the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = nn.Embedding(config.n_positions, config.n_embd) if config.learned_positions else None
+        self.position_embed = nn.Embedding(config.n_positions, config.n_embd) if config.learned_positions else None
         self.layers = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.norm = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         S = T + (cache[0][0].shape[2] if cache and cache[0] else 0)
-        if self.positions is not None and S > self.max_length:
+        if self.position_embed is not None and S > self.max_length:
             raise ValueError(f"a sequence of {S} tokens: this model has {self.max_length} positions")
         positions, allowed = torch.arange(S, device=idx.device), None
         if mask is not None or S > T:
@@ -235,8 +235,8 @@ class GPT(nn.Module):
             allowed = (mask[:, None, None, :] & (query >= key)) | (query == key)  # (B, 1, T, S)
             positions = (mask.cumsum(1) - 1).clamp(min=0)                         # (B, S)
         x, rope = self.embed(idx), None
-        if self.positions is not None:
-            x = x + self.positions(positions[..., -T:])
+        if self.position_embed is not None:
+            x = x + self.position_embed(positions[..., -T:])
         else:
             rope = rope_table(self.config, positions[..., -T:])
         if cache is None:
@@ -251,6 +251,17 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def answer_logprobs(self, idx, is_answer):
+        """Log-probability of each token that is_answer marks (n,), row after row, and whether it is the likeliest (n,).
+
+        idx, is_answer (B, T), padded on the right. A row's first token is never an answer: nothing predicts it.
+        """
+        row, t = is_answer[:, 1:].nonzero(as_tuple=True)  # before the forward pass: a GPU waits here, with little to do
+        answers = idx[row, t + 1]
+        x = self.hidden(idx[:, :-1])[row, t]    # (n, n_embd): the token before each answer token predicts it
+        logits = self.lm_head(x).float()        # (n, vocab_size), which is wide: answers only
+        return -F.cross_entropy(logits, answers, reduction="none"), logits.argmax(1) == answers
 
     @torch.no_grad()
     def generate(self, idx, mask=None, max_new_tokens=32, eos=None):
@@ -343,9 +354,9 @@ class Encoder(nn.Module):
         n_embd, eps = config.n_embd, config.norm_eps
         self.config = config
         self.max_length = config.n_positions - config.position_offset
-        self.checkpoint = False  # True: recompute activations in the backward pass
+        self.gradient_checkpointing = False  # True: recompute activations in the backward pass
         self.embed = nn.Embedding(config.vocab_size, n_embd)
-        self.positions = nn.Embedding(config.n_positions, n_embd) if config.learned_positions else None
+        self.position_embed = nn.Embedding(config.n_positions, n_embd) if config.learned_positions else None
         self.types = nn.Embedding(config.n_types, n_embd) if config.n_types else None
         self.embed_norm = nn.LayerNorm(n_embd, eps=eps)
         self.distances = nn.Embedding(2 * config.relative_span, n_embd) if config.relative else None
@@ -366,8 +377,8 @@ class Encoder(nn.Module):
             if self.config.position_offset:
                 positions = (mask.cumsum(1) - 1).clamp(min=0)  # RoBERTa counts real tokens, wherever the padding is
         x = self.embed(idx)
-        if self.positions is not None:
-            x = x + self.positions(positions + self.config.position_offset)
+        if self.position_embed is not None:
+            x = x + self.position_embed(positions + self.config.position_offset)
         if self.types is not None:
             if token_type is None or self.config.n_types == 1:  # RoBERTa has one type; separators tell a pair apart
                 token_type = torch.zeros_like(idx)
@@ -426,7 +437,7 @@ class Classifier(nn.Module):
 QKV = "layers.{i}.attention.q_proj layers.{i}.attention.k_proj layers.{i}.attention.v_proj"  # one tensor of theirs
 GPT2_NAMES = {
     "wte":               "embed",
-    "wpe":               "positions",
+    "wpe":               "position_embed",
     "h.{i}.ln_1":        "layers.{i}.norm1",
     "h.{i}.attn.c_attn": QKV,
     "h.{i}.attn.c_proj": "layers.{i}.attention.o_proj",
@@ -452,7 +463,7 @@ LLAMA_NAMES = {
 }
 BERT_NAMES = {
     "embeddings.word_embeddings":                   "embed",
-    "embeddings.position_embeddings":               "positions",
+    "embeddings.position_embeddings":               "position_embed",
     "embeddings.token_type_embeddings":             "types",
     "embeddings.LayerNorm":                         "embed_norm",
     "encoder.layer.{i}.attention.self.query":       "layers.{i}.attention.q_proj",

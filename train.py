@@ -271,13 +271,8 @@ def make_optimizer(model, cfg):
 
 def answer_logprobs(model, rows, pad, device):
     """Log-probability of every answer token, row after row, and whether it is the likeliest: two tensors (n,)."""
-    idx, _, _ = collate(rows, pad, device)  # padded on the right, where a causal model does not look
-    T = idx.shape[1] - 1
-    places = [row * T + t for row, (ids, start) in enumerate(rows) for t in range(start - 1, len(ids) - 1)]
-    targets = torch.tensor([token for ids, start in rows for token in ids[start:]], device=device)
-    hidden = model.hidden(idx[:, :-1]).flatten(0, 1)  # (rows * T, n_embd)
-    logits = model.lm_head(hidden[torch.tensor(places, device=device)]).float()  # the vocabulary is wide: answers only
-    return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
+    idx, _, is_answer = collate(rows, pad, device)  # padded on the right, where a causal model does not look
+    return model.answer_logprobs(idx, is_answer)
 
 
 def training_rows(model, batch):
@@ -451,7 +446,7 @@ def train(cfg):
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice, not {cfg.model} on {task.name}")
     preset = find_preset(model.family, task)
     cfg = complete(cfg, preset, task, model.max_length - NEW_TOKENS * generates)
-    model.checkpoint = cfg.checkpointing
+    model.gradient_checkpointing = cfg.checkpointing
     model = prepare(model, cfg, task, device)
     if cfg.compile:
         compile_training(model)

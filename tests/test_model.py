@@ -134,6 +134,25 @@ def test_padding_is_inert_in_a_gpt(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_log_probabilities_of_answers_are_those_of_the_whole_texts_each_alone(family):
+    model, rows, starts = tiny(family), texts(12, 7, 2), (5, 1, 1)
+    idx, mask = pad(rows)
+    is_answer = mask & (torch.arange(12) >= torch.tensor(starts)[:, None])
+    widths = []
+    model.lm_head.register_forward_hook(lambda layer, args, out: widths.append(len(args[0])))
+    logprobs, likeliest = model.answer_logprobs(idx, is_answer)
+    assert widths == [7 + 6 + 1], "lm_head sees nothing else"
+    logprobs.sum().backward()  # it is a loss too
+    for row, start in zip(rows, starts):
+        whole = model(row)[0].log_softmax(-1)[0, start - 1:-1]  # (tokens of the answer, vocabulary)
+        n = len(whole)
+        close(logprobs[:n], whole.gather(1, row[0, start:, None])[:, 0])
+        assert torch.equal(likeliest[:n], whole.argmax(1) == row[0, start:])
+        logprobs, likeliest = logprobs[n:], likeliest[n:]
+    assert len(logprobs) == len(likeliest) == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_a_batch_generates_what_each_row_does_alone_and_without_a_cache(family):
     model, rows = tiny(family), texts(1, 7, 12)
@@ -177,7 +196,7 @@ def test_a_classifiers_scores_do_not_depend_on_the_batch(kind):
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind):
     model, (idx, mask) = tiny(kind).train(), pad(texts(30, 20))
     kept, gradients = [], []
-    for model.checkpoint in (False, True):
+    for model.gradient_checkpointing in (False, True):
         n_bytes = []
         model.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: n_bytes.append(t.nbytes) or t, lambda t: t):

@@ -249,7 +249,7 @@ class Training:
 
     def __init__(self, model, checkpointing):
         self.model = model
-        getattr(model, "backbone", model).checkpoint = checkpointing
+        getattr(model, "backbone", model).gradient_checkpointing = checkpointing
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=True)
 
