@@ -28,7 +28,7 @@ from data import instruct
 from data.batches import batches_by_length, by_choice, collate, collate_left, encode_examples, epoch_batches
 from data.download import model_folder
 from data.metrics import METRICS, summarise
-from data.tasks import GLUE, MIX, first_of_each, hold_out, load_task
+from data.tasks import GLUE, MIX, first_of_each, load_task
 from data.tokenizer import Tokenizer
 from dual_lora import (DoRALinear, DualLoRALinear, LoRALinear, apply_adapters, merged, save_adapter, save_atomically,
                        set_warmup)
@@ -56,7 +56,7 @@ class Config:
     data_dir: str | None = option(None, "folder with GLUE's files, or LLM-Adapters' clone, to read instead of fetching")
     model: str | None = option(None, "minilm, smollm2 (the default on multiple choice), a Hub name or a folder")
     method: str = option("dual_lora", "what is trained", METHODS)
-    protocol: str = option("likelihood", "of a GPT on multiple choice", ("likelihood", "instruct", "llm_adapters"))
+    protocol: str = option("likelihood", "of a GPT on multiple choice", ("likelihood", "instruct"))
     train_on_prompt: bool = option(False, "under the instruct protocols: learn the prompt too, as LLM-Adapters does")
     metric: str | None = option(None, "the main one; default the task's", METRICS)
     # adapters
@@ -229,7 +229,7 @@ def prepare(model, cfg, task, device):
     """The pre-trained model with the head and the adapters that task and method want, all else frozen."""
     if not (isinstance(model, GPT) and task.kind == "multiple_choice"):
         torch.manual_seed(cfg.seed)
-        model = Classifier(model, 1 if task.kind == "multiple_choice" else task.n_classes).to(device)
+        model = Classifier(model, task.n_outputs).to(device)
     elif cfg.method == "linear_probe":
         raise ValueError("--method=linear_probe trains a head, and a GPT on multiple choice has none")
     model.requires_grad_(cfg.method == "full")
@@ -297,7 +297,7 @@ def loss_and_right(model, task, batch, pad, device):
         return -logprobs.sum(), right.sum()
     logits = model(*collate(rows, pad, device)).float()  # (rows, classes)
     labels = torch.tensor([example.label for example in batch], device=device)
-    if task.n_classes == 1:
+    if task.kind == "regression":
         return F.mse_loss(logits[:, 0], labels.float(), reduction="sum"), torch.zeros((), device=device)
     if task.kind == "multiple_choice":
         logits = by_choice(logits[:, 0], batch)  # (examples, choices)
@@ -306,9 +306,9 @@ def loss_and_right(model, task, batch, pad, device):
 
 def predict(model, task, examples, tokenizer, device):
     """{name: one prediction an example}: "main"; for a GPT on multiple choice "per_byte" too."""
-    pad = tokenizer.pad or 0
+    pad = tokenizer.pad
     rows = [row for example in examples for row in example.rows]
-    columns = task.n_classes if task.kind == "classification" else 1
+    columns = task.n_outputs
     scores = torch.empty(len(rows), columns)
     for chosen in batches_by_length([len(ids) for ids, _ in rows]):
         batch = [rows[i] for i in chosen]
@@ -317,7 +317,7 @@ def predict(model, task, examples, tokenizer, device):
         else:
             answers = answer_logprobs(model, batch, pad, device)[0].split([len(ids) - start for ids, start in batch])
             scores[chosen, 0] = torch.stack([answer.sum() for answer in answers]).cpu()
-    if task.kind == "classification":
+    if task.kind != "multiple_choice":
         return {"main": (scores[:, 0] if columns == 1 else scores.argmax(1)).tolist()}
     predictions = {"main": by_choice(scores[:, 0], examples).argmax(1).tolist()}
     if not isinstance(model, Classifier):  # by bytes too: a long answer is improbable, however right
@@ -330,7 +330,7 @@ def predict_written(model, task, examples, tokenizer, device):
     """The same by what the model writes. "main": 1 where it is right; "failed": 1 where the text holds no answer."""
     found = [None] * len(examples)
     for chosen in batches_by_length([len(example.prompt) + NEW_TOKENS for example in examples]):
-        idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad or 0, device)
+        idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad, device)
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
             found[i] = instruct.extract(examples[i].set or task.name, tokenizer.decode(ids))
@@ -434,13 +434,13 @@ def train(cfg):
     # the process's, and governs the CPU too.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
 
-    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
-    task = hold_out(task) if cfg.held_out else task
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric, cfg.held_out)
     task = dataclasses.replace(task, validation=first_of_each(task.validation, cfg.eval_examples))
     cfg = dataclasses.replace(cfg, model=cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm"))
     folder = model_folder(cfg.model)
     tokenizer = Tokenizer(folder)
     model = load_pretrained(folder, getattr(torch, cfg.weights), device)
+    tokenizer.check(model.embed.num_embeddings, not isinstance(model, GPT))
     is_gpt, generates = isinstance(model, GPT), cfg.protocol != "likelihood"
     if generates and not (is_gpt and task.kind == "multiple_choice"):
         raise ValueError(f"--protocol={cfg.protocol} is for a GPT on multiple choice, not {cfg.model} on {task.name}")
@@ -452,14 +452,14 @@ def train(cfg):
         compile_training(model)
 
     def encode(examples):
-        return encode_examples(task, examples, tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt)
+        return encode_examples(examples, tokenizer, is_gpt, cfg.max_length, cfg.protocol, cfg.train_on_prompt)
 
     examples, validation = encode(task.train), encode(task.validation)
     run = Run(cfg, model, make_optimizer(model, cfg), device)
     run.start()
     describe(run, task, bfloat16, preset)
 
-    pad, n_batches = tokenizer.pad or 0, max(1, len(examples) // cfg.batch_size)
+    pad, n_batches = tokenizer.pad, max(1, len(examples) // cfg.batch_size)
     batches = None
     while run.step < cfg.max_steps:
         if batches is None or run.step % n_batches == 0:
@@ -501,7 +501,7 @@ def report_progress(run, task):
     loss, right, n = run.sums.tolist()
     run.sums.zero_()
     values = {"loss": loss / n}
-    if task.n_classes > 1:  # a GPT on multiple choice counts tokens of the answers
+    if task.kind != "regression":  # a GPT on multiple choice counts tokens of the answers
         values["accuracy" if isinstance(run.model, Classifier) else "token_accuracy"] = right / n
     run.record(step=run.step, **values)
     seconds, steps = max(time.time() - run.clock, 1e-9), run.step - run.clock_step

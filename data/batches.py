@@ -5,21 +5,53 @@ Nothing here knows about networks; what a row looks like depends on whether an e
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import instruct
 
+SHORTEST = 8  # max_length: room for the special tokens, and for one token of each of two texts
+SEED_STRIDE = 1_000_003  # no run counts so far, so seed * SEED_STRIDE + count is another number for each pair of them
+
+
+class Row(NamedTuple):
+    ids: list
+    start: int   # where the second part begins: text_b, or the answer
+
 
 @dataclass
 class Example:
-    rows: list            # of (ids, boundary): where text_b, or the answer, begins
-    label: float          # class, number, or index of the right choice
+    rows: list            # of Row
+    label: float | None   # index of the class or of the right choice, or a number; None where it is to be predicted
     n_bytes: tuple = ()   # length of each choice, for accuracy_norm
-    prompt: tuple = ()    # ids to generate from, under the instruct protocols
+    prompt: tuple = ()    # ids to generate from, under the instruct protocol
     answer: str = ""      # what should be found in the generated text
     set: str = ""         # the part of the validation data that it counts for
+    cut: bool = False     # whether a text was shortened to max_length
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def common_length(a, b):
+    """How many ids at the beginning of both are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def encode_continued(encode, prompt, continuations):
+    """(ids of the prompt, [ids of each continuation]), each text encoded whole and then cut.
+
+    subtle: encode(prompt) + encode(continuation) is not encode(prompt + continuation). A space at the seam belongs to
+    the word behind it, and SentencePiece puts a space before whatever it encodes. So the cut is where the prompt's own
+    tokens end in the whole, without the white space at its end. All continuations are cut at one place: if one of them
+    changes the prompt's last token, that token counts in each.
+    """
+    alone = encode(prompt.rstrip())
+    wholes = [encode(prompt + continuation) for continuation in continuations]
+    start = min(common_length(alone, whole) for whole in wholes)
+    return alone[:start], [whole[start:] for whole in wholes]
 
 
 def shorten(a, b, room, keep_end=False):
@@ -30,98 +62,110 @@ def shorten(a, b, room, keep_end=False):
 
 
 def encoder_row(tokenizer, a, b, max_length, keep_end=False):
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] (RoBERTa: two separators between), and where b begins."""
+    """Row of [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (RoBERTa: two separators between), and whether it was cut."""
     cls, sep = [tokenizer.cls], [tokenizer.sep]
     if b is None:
-        row = cls + a[:max_length - 2] + sep
-        return row, len(row)
+        ids = cls + a[:max_length - 2] + sep
+        return Row(ids, len(ids)), len(a) > max_length - 2
     between = sep * 2 if tokenizer.double_sep else sep
-    a, b = shorten(a, b, max_length - 2 - len(between), keep_end)
-    return cls + a + between + b + sep, len(cls + a + between)
+    room = max_length - 2 - len(between)
+    cut = len(a) + len(b) > room
+    a, b = shorten(a, b, room, keep_end)
+    return Row(cls + a + between + b + sep, len(cls + a + between)), cut
 
 
 def gpt_row(tokenizer, prompt, answer, max_length):
-    """As much of the prompt's end as fits, at least one token, then the answer; and where the answer begins."""
+    """Row of as much of the prompt's end as fits, at least one token, then the answer; and whether it was cut."""
     first = [tokenizer.bos] if tokenizer.add_bos else []
-    answer = answer[:max_length // 2]
-    prompt = first + prompt[-(max_length - len(answer) - len(first)):]
-    if not prompt:
-        prompt = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
-    return prompt + answer, len(prompt)
+    kept = answer[:max_length // 2]
+    room = max_length - len(first) - len(kept)
+    before = first + prompt[max(0, len(prompt) - room):]
+    if not before:
+        before = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
+    return Row(before + kept, len(before)), len(prompt) > room or len(answer) > len(kept)
 
 
-def encode_examples(task, examples, tokenizer, is_gpt, max_length, protocol="likelihood", train_on_prompt=False):
+# ---- Examples --------------------------------------------------------------------------------------------------------
+
+
+def encode_examples(examples, tokenizer, is_gpt, max_length, protocol="likelihood", train_on_prompt=False):
     """List of Example; no row is longer than max_length. ValueError where an example lacks what the protocol needs."""
-    encode = lru_cache(maxsize=10_000)(tokenizer.encode)  # the choices of one question share its prompt
+    if max_length < SHORTEST:
+        raise ValueError(f"--max_length={max_length} leaves no room for a text: it should be at least {SHORTEST}")
+    encode = lru_cache(maxsize=10_000)(tokenizer.encode)  # MNLI's and QNLI's examples share their first texts
     encoded = []
     for example in examples:
-        if protocol != "likelihood":
-            if "instruction" not in example:
-                raise ValueError(f'--protocol={protocol}: {task.name} has examples without "instruction", "output" '
-                                 f'and "answer"')
-            encoded.append(instruct_example(example, tokenizer, max_length, protocol, train_on_prompt))
-        elif task.kind == "multiple_choice":
-            if "choices" not in example:
-                raise ValueError(f'{task.name} has examples without "choices", which only --protocol=instruct can use')
-            encoded.append(choice_example(example, tokenizer, encode, is_gpt, max_length))
-        else:
+        if protocol == "instruct":
+            encoded.append(instruct_example(example, tokenizer, max_length, train_on_prompt))
+        elif "text_a" in example:
             encoded.append(classification_example(example, tokenizer, encode, is_gpt, max_length))
+        else:
+            encoded.append(choice_example(example, tokenizer, encode, is_gpt, max_length))
     return encoded
 
 
 def classification_example(example, tokenizer, encode, is_gpt, max_length):
-    a, b = encode(example["text_a"]), example.get("text_b")
+    a, b = example["text_a"], example.get("text_b")
     if not is_gpt:
-        row = encoder_row(tokenizer, a, None if b is None else encode(b), max_length)
+        row, cut = encoder_row(tokenizer, encode(a), None if b is None else encode(b), max_length)
     elif b is None:
-        row = gpt_row(tokenizer, a, [], max_length)
+        row, cut = gpt_row(tokenizer, encode(a), [], max_length)
     else:
-        a, b = shorten(a, encode("\n" + b), max_length - 1)
-        row = gpt_row(tokenizer, a + b, [], max_length)
-    return Example([row], example["label"], set=example.get("set", ""))
+        a, (b,) = encode_continued(encode, a, ["\n" + b])
+        cut = len(a) + len(b) > max_length - 1
+        a, b = shorten(a, b, max_length - 1)
+        row, _ = gpt_row(tokenizer, a + b, [], max_length)
+    return Example([row], example.get("label"), set=example.get("set", ""), cut=cut)
 
 
 def choice_example(example, tokenizer, encode, is_gpt, max_length):
-    prompt, rows = encode(example["prompt"]), []
-    for choice in example["choices"]:
-        if is_gpt:
-            rows.append(gpt_row(tokenizer, prompt, encode(choice), max_length))
-        else:
-            rows.append(encoder_row(tokenizer, prompt, encode(choice), max_length, keep_end=True))
-    n_bytes = tuple(max(1, len(choice.strip().encode())) for choice in example["choices"])
-    return Example(rows, example["label"], n_bytes, set=example.get("set", ""))
-
-
-def instruct_example(example, tokenizer, max_length, protocol, train_on_prompt):
-    """What is trained on, prompt and response; and the prompt to generate from."""
-    template = instruct.prompt(example["instruction"], protocol, training=True)
-    prompt = tokenizer.encode(template)
-    if protocol == "instruct":
-        response = tokenizer.encode(example["output"])
+    if "choices" not in example:
+        raise ValueError('an example has no "choices", which --protocol=likelihood needs')
+    prompt, choices = example["prompt"], example["choices"]
+    if is_gpt:
+        start, ends = encode_continued(encode, prompt, choices)
+        made = [gpt_row(tokenizer, start, end, max_length) for end in ends]
     else:
-        # LLM-Adapters encode one text, in which the template's last space joins the response's first word. The first
-        # len(prompt) tokens count as the prompt.
-        whole = tokenizer.encode(template + example["output"])
-        prompt, response = whole[:len(prompt)], whole[len(prompt):]
-    end = [tokenizer.eos] if tokenizer.eos is not None else []
-    row, boundary = gpt_row(tokenizer, prompt, response + end, max_length)
-    asked = tokenizer.encode(instruct.prompt(example["instruction"], protocol))
-    asked, _ = gpt_row(tokenizer, asked, [], max_length)
-    return Example([(row, 1 if train_on_prompt else boundary)], 0, prompt=tuple(asked), answer=example["answer"],
-                   set=example.get("set", ""))
+        start, ends = encode(prompt), [encode(choice) for choice in choices]
+        made = [encoder_row(tokenizer, start, end, max_length, keep_end=True) for end in ends]
+    for choice, end in zip(choices, ends):
+        if not choice.strip() or not end:  # it would have probability 1
+            raise ValueError(f"the choice {choice!r} has no tokens, after the prompt {prompt[-60:]!r}")
+    n_bytes = tuple(len(choice.strip().encode()) for choice in choices)
+    return Example([row for row, _ in made], example.get("label"), n_bytes, set=example.get("set", ""),
+                   cut=any(cut for _, cut in made))
+
+
+def instruct_example(example, tokenizer, max_length, train_on_prompt):
+    """What is trained on, prompt and response; and the prompt to generate from, which does not know the response."""
+    if "instruction" not in example:
+        raise ValueError('--protocol=instruct needs examples with "instruction", "output" and "answer"')
+    template = instruct.prompt(example["instruction"])
+    asked, _ = encode_continued(tokenizer.encode, template, [""])
+    asked, cut = gpt_row(tokenizer, asked, [], max_length)
+    row = asked
+    if "output" in example:
+        prompt, (response,) = encode_continued(tokenizer.encode, template, [example["output"]])
+        end = [tokenizer.eos] if tokenizer.eos is not None else []
+        row, cut = gpt_row(tokenizer, prompt, response + end, max_length)
+    return Example([Row(row.ids, 1) if train_on_prompt else row], example.get("label"), prompt=tuple(asked.ids),
+                   answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
 def epoch_batches(examples, batch_size, seed, epoch):
     """Lists of indices, texts of similar length together. The order depends on (seed, epoch) alone, so a resumed run
     needs to know no more than its step."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
     n_batches = max(1, len(examples) // batch_size)
     order = torch.randperm(len(examples), generator=generator)[:n_batches * batch_size].tolist()
     batches = []
     # Sorting a whole epoch would show all short texts first: so pools of 50 batches are sorted, the batches shuffled.
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start:start + 50 * batch_size]
-        pool.sort(key=lambda i: max(len(ids) for ids, _ in examples[i].rows))
+        pool.sort(key=lambda i: max(len(row.ids) for row in examples[i].rows))
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -134,15 +178,16 @@ def move(tensor, device):
 
 
 def collate(rows, pad, device):
-    """idx, mask and token types, each (rows, longest), padded on the right; mask is None if there is no padding."""
-    longest = max(len(ids) for ids, _ in rows)
-    idx = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
-    lengths = torch.tensor([len(ids) for ids, _ in rows])[:, None]
-    boundaries = torch.tensor([boundary for _, boundary in rows])[:, None]
-    position = torch.arange(longest)
-    mask = position < lengths
-    types = ((position >= boundaries) & mask).long()
-    return move(idx, device), None if mask.all() else move(mask, device), move(types, device)
+    """idx, mask and second, each (rows, longest), padded on the right. second: 1 in a row's second part, else 0. mask
+    is None if there is no padding."""
+    longest = max(len(row.ids) for row in rows)
+    idx = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows])
+    lengths = torch.tensor([len(row.ids) for row in rows])[:, None]
+    starts = torch.tensor([row.start for row in rows])[:, None]
+    place = torch.arange(longest)
+    mask = place < lengths
+    second = ((place >= starts) & mask).long()
+    return move(idx, device), None if mask.all() else move(mask, device), move(second, device)
 
 
 def collate_left(prompts, pad, device):

@@ -9,6 +9,8 @@ import json
 import re
 from typing import Callable, NamedTuple
 
+from data.jsonl import check_example
+
 
 def choose(what, question, word, choices, separator=" "):
     """(instruction, names of the choices): it asks for one of `choices`, each named by the word with its number."""
@@ -71,10 +73,6 @@ COMMONSENSE = {
 }
 ANY_ANSWER = "|".join(row.pattern for row in COMMONSENSE.values())
 
-MIX_NOTE = ("the mix is built from the wheel's sets and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
-            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order; "
-            "--data_dir takes the original")
-
 
 def record(name, doc):
     """{"instruction", "output", "answer"} of a task's raw record `doc`, as LLM-Adapters published them."""
@@ -83,22 +81,17 @@ def record(name, doc):
     return {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
 
 
-# ---- Templates -------------------------------------------------------------------------------------------------------
-
-# Theirs came out of an indented source text, so most lines begin with 16 spaces. The one for training has two spaces
-# after the first sentence and 16 on an empty line; the one for evaluation has one space and none.
+# Theirs came out of an indented source text, so most lines begin with 16 spaces. This is the one that they train with;
+# theirs for evaluation has one space after the first sentence and none on the empty line.
 LEFT = " " * 16
-FIRST = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-TRAINING = (f"{FIRST}  \n\n"
+TEMPLATE = ("Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.  \n\n"
             f"{LEFT}### Instruction:\n{LEFT}{{}}\n{LEFT}\n{LEFT}### Response:\n{LEFT}")
-EVALUATION = (f"{FIRST} \n\n"
-              f"{LEFT}### Instruction:\n{LEFT}{{}}\n\n{LEFT}### Response:\n{LEFT}")
 
 
-def prompt(instruction, protocol, training=False):
-    """What stands before the response: under "instruct" the training template, under "llm_adapters" theirs."""
-    template = EVALUATION if protocol == "llm_adapters" and not training else TRAINING
-    return template.replace("{}", instruction)
+def prompt(instruction):
+    """What stands before the response, in training and in evaluation."""
+    return TEMPLATE.replace("{}", instruction)
 
 
 def extract(name, generated):
@@ -118,11 +111,8 @@ def read_records(path):
         raise ValueError(f"{path} should hold a JSON list of records, and at least one")
     examples = []
     for number, row in enumerate(rows, 1):
-        row = row if isinstance(row, dict) else {}
-        examples.append({name: row.get(name) for name in ("instruction", "output", "answer")})
-        for name, text in examples[-1].items():
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, entry {number}: "{name}" is missing or no text')
-        if row.get("input"):
-            raise ValueError(f'{path}, entry {number}: "input" should be empty; the templates have no place for it')
+        where = f"{path}, entry {number}"
+        examples.append(check_example(row, where))
+        if row.get("input") or "instruction" not in row:
+            raise ValueError(f'{where}: "instruction" is needed, and no "input": the template has no place for it')
     return examples

@@ -1,15 +1,16 @@
 """Examples as JSON, one object a line: reading them with every field checked, and writing them.
 
 Two kinds of example, as dicts:
-    classification     {"text_a": str, "text_b": str (optional), "label": class index, or a float for regression}
+    classification     {"text_a": str, "text_b": str (optional), "label": text or a number}
     multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right choice}
-The full text of a choice is prompt + choice, so a choice begins with its own space. For the instruct protocols an
-example also has "instruction", "output" (the response to learn) and "answer" (what to look for in the generated
-text); it may have these three alone. "set" names a part of the validation data; parts are scored one by one and
-averaged.
+A label with a decimal point makes regression of the task, any other label is the name of a class. The full text of a
+choice is prompt + choice, so a choice begins with its own space. For the instruct protocol an example also has
+"instruction", "output" (the response to learn) and "answer" (what to look for in the generated text); it may have these
+three alone. "set" names a part of the validation data; parts are scored one by one and averaged.
 """
 import json
-import math
+
+LARGEST = 1e38  # a label: about the largest number in float32
 
 
 def read_lines(path):
@@ -24,8 +25,14 @@ def read_lines(path):
             yield where, text
 
 
-def read_jsonl(path):
-    """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line."""
+def read_jsonl(path, labelled=True):
+    """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line.
+
+    labelled=False: examples to predict from. "label", "output" and "answer" may be missing and are not read, and a line
+    may be a text alone.
+    """
+    if path.suffix in (".csv", ".tsv"):
+        raise ValueError(f"{path} is a table, and should be JSONL: {csv_to_jsonl(path)}")
     examples = []
     for where, line in read_lines(path):
         if not line.strip():
@@ -34,10 +41,20 @@ def read_jsonl(path):
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
-        examples.append((where, check_example(record, where)))
+        if isinstance(record, str) and not labelled:
+            record = {"text_a": record}
+        examples.append((where, check_example(record, where, labelled)))
     if not examples:
         raise ValueError(f"{path} is empty: it should hold one JSON object a line")
     return examples
+
+
+def csv_to_jsonl(path):
+    """The line for a shell that turns a table into JSONL."""
+    tabs = ", delimiter='\\t'" if path.suffix == ".tsv" else ""
+    return (f"python -c \"import csv, json; [print(json.dumps(dict(text_a=row['TEXT'], label=row['LABEL']))) for row "
+            f"in csv.DictReader(open('{path.name}', encoding='utf-8-sig', newline=''){tabs})]\" > {path.stem}.jsonl, "
+            f"with the names of your columns for TEXT and LABEL")
 
 
 def write_jsonl(path, examples):
@@ -46,16 +63,17 @@ def write_jsonl(path, examples):
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
 
-def check_example(record, where):
+def check_example(record, where, labelled=True):
     """The fields of `record` that an example has, checked; others are dropped. ValueError beginning with `where`."""
     if not isinstance(record, dict):
         raise ValueError(f'{where}: {shown(record)} is no object; write {{"text_a": ..., "label": ...}}')
-    example = {}
+    example, n_choices = {}, 0
     if "set" in record:
         example["set"] = text_field(record, "set", where)
     if "instruction" in record:
-        for name in ("instruction", "output", "answer"):
-            example[name] = text_field(record, name, where)
+        example["instruction"] = text_field(record, "instruction", where)
+        for name in ("output", "answer") if labelled else ():
+            example[name] = text_field(record, name, where, may_be_empty=False)
         if "choices" not in record:
             return example
     if "choices" in record or "prompt" in record:
@@ -63,30 +81,42 @@ def check_example(record, where):
         choices = record.get("choices")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f'{where}: "choices" should be a list of at least two texts, and is {shown(choices)}')
-        example["choices"] = choices
+        for number, choice in enumerate(choices):
+            if not choice.strip():
+                raise ValueError(f"{where}: choice {number} is empty: {shown(choice)}")
+        example["choices"], n_choices = choices, len(choices)
     else:
         example["text_a"] = text_field(record, "text_a", where)
         if record.get("text_b") is not None:
             example["text_b"] = text_field(record, "text_b", where)
-    example["label"] = check_label(record, where, len(example.get("choices", ())))
+    if labelled:
+        example["label"] = check_label(record, where, n_choices)
     return example
 
 
 def check_label(record, where, n_choices):
-    label = record.get("label")
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
-        wrong = f"should be a number, and is {shown(label)}" if "label" in record else "is missing"
-        raise ValueError(f'{where}: "label" {wrong}')
-    if n_choices and (not isinstance(label, int) or not 0 <= label < n_choices):
-        raise ValueError(f"{where}: label {label} is out of range: with {n_choices} choices it is 0 to {n_choices - 1}")
+    """The record's label: the index of a choice, or where there are none text or a number."""
+    if "label" not in record:
+        raise ValueError(f'{where}: "label" is missing')
+    label = record["label"]
+    number = type(label) in (int, float)  # true is an int, too
+    if n_choices:
+        if type(label) is not int or not 0 <= label < n_choices:
+            raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
+                             f"{n_choices - 1}")
+    elif not (number and abs(label) < LARGEST or isinstance(label, str) and label.strip()):
+        raise ValueError(f'{where}: "label" should be text or a number below {LARGEST:g}, and is {shown(label)}')
     return label
 
 
-def text_field(record, name, where):
-    if not isinstance(record.get(name), str):
-        wrong = f"should be text, and is {shown(record[name])}" if name in record else "is missing"
+def text_field(record, name, where, may_be_empty=True):
+    text = record.get(name)
+    if not isinstance(text, str):
+        wrong = f"should be text, and is {shown(text)}" if name in record else "is missing"
         raise ValueError(f'{where}: "{name}" {wrong}')
-    return record[name]
+    if not may_be_empty and not text.strip():
+        raise ValueError(f'{where}: "{name}" is empty')
+    return text
 
 
 def shown(value):

@@ -41,7 +41,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         spec = read_json(folder / "tokenizer.json")
         settings = read_json(folder / "tokenizer_config.json")
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -58,6 +58,24 @@ class Tokenizer:
             setattr(self, name, next((ids[token] for token in names if token in ids), None))
         self.double_sep = self.cls is not None and self.cls == ids.get("<s>")
         self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
+
+    def check(self, n_rows, is_encoder):
+        """ValueError unless a model whose embedding has n_rows rows can take all ids. A padding token without a row
+        becomes 0: padding is masked, so any row will do."""
+        largest = max(self.vocabulary.ids.values())
+        if largest >= n_rows:
+            raise ValueError(f"{self.folder}: the vocabulary has ids up to {largest:,}, the model's embedding {n_rows:,} "
+                             f"rows: they do not belong together")
+        for name in ("cls", "sep") if is_encoder else ("bos", "eos"):
+            if (getattr(self, name) or 0) >= n_rows:
+                raise ValueError(f"{self.folder}: token {name} has id {getattr(self, name):,}, the model's embedding "
+                                 f"{n_rows:,} rows")
+        if is_encoder and None in (self.cls, self.sep):
+            raise ValueError(f"{self.folder}: an encoder needs [CLS] and [SEP], which the vocabulary does not name")
+        if not is_encoder and self.bos is self.eos is None:
+            raise ValueError(f"{self.folder}: a GPT needs a token for the beginning or the end of a text")
+        if self.pad is None or self.pad >= n_rows:
+            self.pad = 0
 
     def encode(self, text):
         """List of ids, without special tokens."""
