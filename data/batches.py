@@ -148,7 +148,7 @@ def instruct_example(example, tokenizer, max_length, train_on_prompt):
         prompt, (response,) = encode_continued(tokenizer.encode, template, [example["output"]])
         end = [tokenizer.eos] if tokenizer.eos is not None else []
         row, cut = gpt_row(tokenizer, prompt, response + end, max_length)
-    return Example([Row(row.ids, 1) if train_on_prompt else row], example.get("label"), prompt=tuple(asked.ids),
+    return Example([Row(row.ids, 1) if train_on_prompt else row], 0, prompt=tuple(asked.ids),
                    answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
 
 
