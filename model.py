@@ -1,7 +1,8 @@
 """GPT (GPT-2, LLaMA) and Encoder (BERT, RoBERTa, DeBERTa v1 to v3), and loading their published weights.
 
-    model = load_pretrained("path/to/folder")           # or GPT.from_pretrained, Encoder.from_pretrained
+    model = load_pretrained("path/to/folder")           # a GPT or an Encoder, as its config.json says
     logits, loss = gpt(idx, targets)                    # idx (B, T) token ids, logits (B, T, vocab_size)
+    logprobs, likeliest = gpt.answer_logprobs(idx, is_answer)  # of the tokens that is_answer (B, T) marks
     new = gpt.generate(idx, mask, max_new_tokens=32)    # greedy, with a key-value cache; padding on the left
     hidden = encoder(idx, mask)                         # (B, T, n_embd)
     scores = Classifier(encoder, n_classes)(idx, mask)  # (B, n_classes)
@@ -15,7 +16,6 @@ In the shapes B is the batch, T the tokens passed in, S all tokens so far, nh th
 """
 import json
 import math
-import re
 import struct
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,8 +108,9 @@ class DisentangledAttention(Attention):
         scale = 1 / math.sqrt(3 * self.head_dim)     # of three terms
         q, pos_q = q * scale, pos_q * scale          # before the products: half precision overflows after
         rows = rows.expand(*q.shape[:2], -1, -1)     # (B, nh, T, T)
+        # a query's scores with all R distances (B, nh, T, R); gather takes, for each key, that of its distance
         c2p = (q @ pos_k.mT).gather(-1, rows)        # (B, nh, T, T): query, key
-        p2c = (k @ pos_q.mT).gather(-1, rows.mT).mT
+        p2c = (k @ pos_q.mT).gather(-1, rows.mT).mT  # the same from key to query, and turned
         bias = c2p + p2c
         if allowed is not None:
             bias = bias.masked_fill(~allowed, torch.finfo(bias.dtype).min)
@@ -137,19 +138,8 @@ class MLP(nn.Module):
         return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, n_embd, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 def run_layers(model, x, *args):
-    """x through model.layers. With gradient checkpointing only each layer's input is kept, and backward runs it again."""
+    """x through model.layers. Gradient checkpointing keeps only each layer's input; the backward pass runs it again."""
     for layer in model.layers:
         if model.gradient_checkpointing and model.training:
             x = checkpoint(layer, x, *args, use_reentrant=False)
@@ -190,7 +180,7 @@ class GPTConfig:
 class GPTBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        norm = RMSNorm if cfg.rms_norm else nn.LayerNorm
+        norm = nn.RMSNorm if cfg.rms_norm else nn.LayerNorm
         self.norm1 = norm(cfg.n_embd, eps=cfg.norm_eps)
         self.attention = Attention(cfg, cfg.n_kv_head, cfg.attention_bias, k_bias=cfg.attention_bias, causal=True)
         self.norm2 = norm(cfg.n_embd, eps=cfg.norm_eps)
@@ -207,12 +197,12 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.max_length = config.n_positions  # a hard limit with learned positions, what pre-training saw with RoPE
+        self.max_length = config.n_positions  # a hard limit with learned positions; with RoPE what pre-training saw
         self.gradient_checkpointing = False   # True: recompute activations in the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embed = nn.Embedding(config.n_positions, config.n_embd) if config.learned_positions else None
         self.layers = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
-        self.norm = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
+        self.norm = (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed.weight
@@ -223,15 +213,20 @@ class GPT(nn.Module):
         Padding on the right needs no mask: no real token looks there. On the left it does; positions then count real
         tokens. cache: a list for each layer, empty at first. With it, idx holds the new tokens alone.
         """
-        T = idx.shape[1]
-        S = T + (cache[0][0].shape[2] if cache and cache[0] else 0)
+        T = S = idx.shape[1]
+        if cache and cache[0]:
+            S += cache[0][0].shape[2]  # the first layer's keys of earlier calls
         if self.position_embed is not None and S > self.max_length:
             raise ValueError(f"a sequence of {S} tokens: this model has {self.max_length} positions")
         positions, allowed = torch.arange(S, device=idx.device), None
         if mask is not None or S > T:
+            #  key:    pad pad The cat
+            #  query pad x   .   .   .   A query sees the real tokens up to itself, and itself:
+            #        pad .   x   .   .   padding that sees nothing would become NaN.
+            #        The .   .   x   .   Positions here are 0 0 0 1.
+            #        cat .   .   x   x   With a cache only the last T lines are made.
             query, key = positions[-T:, None], positions
-            mask = torch.ones_like(idx[:, :1], dtype=torch.bool).expand(-1, S) if mask is None else mask.bool()
-            # a query always sees itself: one that is padding would have nothing to look at and become NaN
+            mask = idx.new_ones(len(idx), S).bool() if mask is None else mask.bool()
             allowed = (mask[:, None, None, :] & (query >= key)) | (query == key)  # (B, 1, T, S)
             positions = (mask.cumsum(1) - 1).clamp(min=0)                         # (B, S)
         x, rope = self.embed(idx), None
@@ -257,10 +252,10 @@ class GPT(nn.Module):
 
         idx, is_answer (B, T), padded on the right. A row's first token is never an answer: nothing predicts it.
         """
-        row, t = is_answer[:, 1:].nonzero(as_tuple=True)  # before the forward pass: a GPU waits here, with little to do
+        row, t = is_answer[:, 1:].nonzero(as_tuple=True)  # the GPU is waited for here, before it has much to do
         answers = idx[row, t + 1]
-        x = self.hidden(idx[:, :-1])[row, t]    # (n, n_embd): the token before each answer token predicts it
-        logits = self.lm_head(x).float()        # (n, vocab_size), which is wide: answers only
+        x = self.hidden(idx[:, :-1])[row, t]  # (n, n_embd): the token before each answer token predicts it
+        logits = self.lm_head(x).float()      # (n, vocab_size): the vocabulary is wide, so for answers alone
         return -F.cross_entropy(logits, answers, reduction="none"), logits.argmax(1) == answers
 
     @torch.no_grad()
@@ -283,10 +278,6 @@ class GPT(nn.Module):
             new = torch.cat([new, idx], dim=1)
             mask = F.pad(mask, (0, 1), value=True)
         return new
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, dtype=torch.float32, device="cpu"):
-        return load_pretrained(name_or_folder, dtype, device, cls)
 
 
 # ---- Encoder: looks both ways, norm after each part ------------------------------------------------------------------
@@ -357,10 +348,10 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False  # True: recompute activations in the backward pass
         self.embed = nn.Embedding(config.vocab_size, n_embd)
         self.position_embed = nn.Embedding(config.n_positions, n_embd) if config.learned_positions else None
-        self.types = nn.Embedding(config.n_types, n_embd) if config.n_types else None
+        self.type_embed = nn.Embedding(config.n_types, n_embd) if config.n_types else None
         self.embed_norm = nn.LayerNorm(n_embd, eps=eps)
-        self.distances = nn.Embedding(2 * config.relative_span, n_embd) if config.relative else None
-        self.distances_norm = nn.LayerNorm(n_embd, eps=eps) if config.relative_norm else None
+        self.distance_embed = nn.Embedding(2 * config.relative_span, n_embd) if config.relative else None
+        self.distance_norm = nn.LayerNorm(n_embd, eps=eps) if config.relative_norm else None
         self.layers = nn.ModuleList(EncoderBlock(config, conv=bool(config.conv_kernel) and i == 0)
                                     for i in range(config.n_layer))
 
@@ -379,12 +370,12 @@ class Encoder(nn.Module):
         x = self.embed(idx)
         if self.position_embed is not None:
             x = x + self.position_embed(positions + self.config.position_offset)
-        if self.types is not None:
+        if self.type_embed is not None:
             if token_type is None or self.config.n_types == 1:  # RoBERTa has one type; separators tell a pair apart
                 token_type = torch.zeros_like(idx)
-            x = x + self.types(token_type)
+            x = x + self.type_embed(token_type)
         x = self.embed_norm(x)
-        if self.distances is None:
+        if self.distance_embed is None:
             return run_layers(self, x, allowed)
         real = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)  # (B, T, 1)
         return run_layers(self, x, allowed, self.relative(T), real)
@@ -392,21 +383,21 @@ class Encoder(nn.Module):
     def relative(self, T):
         """The table's rows that T tokens need (R, n_embd), and which of them belongs to each query and key (T, T)."""
         cfg, span = self.config, self.config.relative_span
-        position = torch.arange(T, device=self.distances.weight.device)
+        position = torch.arange(T, device=self.distance_embed.weight.device)
         distance = position[:, None] - position  # (T, T)
-        if cfg.relative_buckets:  # exact up to mid, then by the logarithm
+        if cfg.relative_buckets:
+            # Near distances have a row each, far ones share rows that grow wider. 8 buckets, furthest 32, so mid is 4:
+            #   distance  0  1  2  3  4  5-7  8-15  16-31   (negative ones likewise, with a minus)
+            #   bucket    0  1  2  3  4   5    6      7
             mid = cfg.relative_buckets // 2
             far = distance.abs().clamp(min=mid)
             steps = torch.log(far / mid) / torch.log(torch.tensor((cfg.relative_furthest - 1) / mid)) * (mid - 1)
             distance = torch.where(far <= mid, distance, distance.sign() * (steps.ceil().long() + mid))
-        first, last = max(0, span - T + 1), min(2 * span, span + T)  # buckets only bring rows nearer to the middle
-        table = self.distances.weight[first:last]
-        table = table if self.distances_norm is None else self.distances_norm(table)
+        # distance 0 is row `span`; T tokens reach at most T - 1 rows from it, so the rest need no norm and no product
+        first, last = max(0, span - T + 1), min(2 * span, span + T)
+        table = self.distance_embed.weight[first:last]
+        table = table if self.distance_norm is None else self.distance_norm(table)
         return table, (distance + span).clamp(0, 2 * span - 1) - first
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, dtype=torch.float32, device="cpu"):
-        return load_pretrained(name_or_folder, dtype, device, cls)
 
 
 class Classifier(nn.Module):
@@ -464,7 +455,7 @@ LLAMA_NAMES = {
 BERT_NAMES = {
     "embeddings.word_embeddings":                   "embed",
     "embeddings.position_embeddings":               "position_embed",
-    "embeddings.token_type_embeddings":             "types",
+    "embeddings.token_type_embeddings":             "type_embed",
     "embeddings.LayerNorm":                         "embed_norm",
     "encoder.layer.{i}.attention.self.query":       "layers.{i}.attention.q_proj",
     "encoder.layer.{i}.attention.self.key":         "layers.{i}.attention.k_proj",
@@ -477,8 +468,8 @@ BERT_NAMES = {
 }
 DEBERTA_NAMES = {
     **{theirs: ours for theirs, ours in BERT_NAMES.items() if ".self." not in theirs},
-    "encoder.rel_embeddings":                          "distances",
-    "encoder.LayerNorm":                               "distances_norm",
+    "encoder.rel_embeddings":                          "distance_embed",
+    "encoder.LayerNorm":                               "distance_norm",
     "encoder.conv.conv":                               "layers.0.conv",
     "encoder.conv.LayerNorm":                          "layers.0.conv_norm",
     # v1
@@ -496,9 +487,15 @@ DEBERTA_NAMES = {
 }
 
 
+def refuse_others(c, **supported):
+    """ValueError where config.json asks for what is not written here: other outputs from the same tensors."""
+    for key, value in supported.items():
+        if c.get(key, value) != value:
+            raise ValueError(f"{key} is {c[key]!r}; only {value!r} is supported")
+
+
 def gpt2_config(c):
-    if c.get("scale_attn_by_inverse_layer_idx"):  # other arithmetic with the same tensors
-        raise ValueError("scale_attn_by_inverse_layer_idx is not supported")
+    refuse_others(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     return GPTConfig(
         c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], c.get("n_inner") or 4 * c["n_embd"], c["n_positions"],
         norm_eps=c.get("layer_norm_epsilon", 1e-5), activation=c.get("activation_function", "gelu_new"),
@@ -511,20 +508,27 @@ def sizes(c):
                 n_embd=c["hidden_size"], n_inner=c["intermediate_size"], n_positions=c["max_position_embeddings"])
 
 
+ROPE_KEYS = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 def llama_config(c):
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}  # before transformers 5, and since
-    rope["type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["type"] not in ("default", "linear", "llama3"):
-        raise ValueError(f"RoPE scaling {rope['type']!r} is not supported; supported are default, linear, llama3")
+    given = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}  # before transformers 5, and since
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"RoPE scaling {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+    refuse_others({**given, **c}, partial_rotary_factor=1)
+    rope = {"type": kind, **{key: given[key] for key in ROPE_KEYS[kind]}}
     return GPTConfig(
         **sizes(c), n_kv_head=c.get("num_key_value_heads") or 0, head_dim=c.get("head_dim") or 0,
-        learned_positions=False, rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0, rope=rope,
+        learned_positions=False, rope_theta=given.get("rope_theta") or c.get("rope_theta") or 10000.0, rope=rope,
         rms_norm=True, norm_eps=c.get("rms_norm_eps", 1e-6), activation=c.get("hidden_act", "silu"), gated=True,
         attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
         tied=c.get("tie_word_embeddings", False))
 
 
 def bert_config(c):
+    refuse_others(c, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     return EncoderConfig(
         **sizes(c), n_types=c.get("type_vocab_size", 2), norm_eps=c.get("layer_norm_eps", 1e-12),
         position_offset=c.get("pad_token_id", 1) + 1 if c["model_type"] == "roberta" else 0,
@@ -532,6 +536,7 @@ def bert_config(c):
 
 
 def deberta_config(c):
+    refuse_others(c, relative_attention=True)
     v1, terms = c["model_type"] == "deberta", c.get("pos_att_type") or ()
     if {term.strip() for term in (terms.split("|") if isinstance(terms, str) else terms)} != {"c2p", "p2c"}:
         raise ValueError(f"pos_att_type is {terms!r}; only 'c2p|p2c' is supported")
@@ -556,27 +561,22 @@ FAMILIES = {
     "deberta":    (Encoder, deberta_config, DEBERTA_NAMES),
     "deberta-v2": (Encoder, deberta_config, DEBERTA_NAMES),
 }
-PREFIX = r"^(transformer|model|bert|roberta|deberta)\."  # some files put it before every name
-UNUSED = (r"(pooler|cls|classifier|qa_outputs|score|lm_head|(lm|mask)_predictions)\..*"  # heads of other tasks
-          r"|embeddings\.position_embeddings\.weight"                                    # DeBERTa-v3's
-          r"|.*(position_ids|rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")        # buffers
+PREFIXES = ("transformer.", "model.", "bert.", "roberta.", "deberta.")  # some files put one before every name
+HEADS = ("pooler.", "cls.", "classifier.", "qa_outputs.", "score.", "lm_head.", "lm_predictions.", "mask_predictions.")
+UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
+          "position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
-def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu", cls=None):
-    """The GPT or Encoder of a folder, or of a name that data.download knows, in evaluation mode; its .family is a key
-    of FAMILIES.
-
-    Completely or not at all: ValueError names the tensor, and the file, that is missing, unexpected or misshapen.
-    """
+def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
+    """The GPT or Encoder of a folder, or of a name that data.download knows, in evaluation mode. .family is its
+    model_type. Completely or not at all: ValueError names what is missing, unexpected or misshapen, and the file."""
     folder = Path(model_folder(str(name_or_folder)))
-    (found, _, names), config, kind = read_config(folder / "config.json")
-    if cls not in (None, found):
-        raise ValueError(f"{folder} holds a {kind} model: load it with {found.__name__}.from_pretrained")
+    (model_class, _, names), config, kind = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
-        model = found(config).to(dtype)
+        model = model_class(config).to(dtype)
     model.to_empty(device=device)
     if isinstance(model, GPT) and config.tied:
-        model.lm_head.weight = model.embed.weight  # to_empty gave each its own
+        model.lm_head.weight = model.embed.weight  # shared once more: to_empty gave each layer memory of its own
     copy_weights(model, names, folder)
     model.family = kind
     return model.eval()
@@ -594,8 +594,9 @@ def read_config(path):
         raise ValueError(f"{path} lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"{path}: activation {config.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
+    for activation in (config.activation, getattr(config, "conv_activation", "tanh")):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{path}: activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
     return FAMILIES[kind], config, kind
 
 
@@ -607,10 +608,10 @@ def read_json(path):
 
 
 def unfused(name, tensor, n_head):
-    """The tensor as rows of outputs, a fused one's queries before its keys before its values."""
-    if re.fullmatch(r"h\..*\.(c_attn|c_proj|c_fc)\.weight", name):  # GPT-2 stores (in, out)
+    """The tensor as (out, in); in a fused one all queries come before all keys, and these before all values."""
+    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):  # GPT-2 stores (in, out)
         return tensor.t()
-    if name.endswith("self.in_proj.weight"):  # DeBERTa v1 goes head by head
+    if name.endswith("self.in_proj.weight"):  # DeBERTa v1: q, k, v of head 0, then of head 1, ...
         rows = tensor.chunk(3 * n_head)
         return torch.cat(rows[0::3] + rows[1::3] + rows[2::3])
     return tensor
@@ -619,19 +620,23 @@ def unfused(name, tensor, n_head):
 @torch.no_grad()
 def copy_weights(model, names, folder):
     """Copy the folder's tensors to the parameters. Each tensor must have a place, and each parameter get a tensor."""
-    places = {theirs.format(i=i): ours.format(i=i).split()
-              for i in range(len(model.layers)) for theirs, ours in names.items()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied weights have two names; either may come
+    places = {}  # name of their tensor: names of our parameters
+    for theirs, ours in names.items():
+        for kind in (".weight", ".bias", ""):  # "": DeBERTa v1's q_bias and v_bias are tensors by themselves
+            for i in range(len(model.layers)):
+                places[(theirs + kind).format(i=i)] = [(name + kind).format(i=i) for name in ours.split()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # by identity: a tied weight is one parameter with two names, and may come under either, or under both
     missing = {id(p): name for name, p in model.named_parameters()}
     files = set()
     for name, tensor, path in read_weights(folder):
         files.add(path.name)
-        name = re.sub(PREFIX, "", name)
-        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # LayerNorm in the oldest files
-        module, _, kind = name.rpartition(".")
-        targets = places.get(name) or [f"{ours}.{kind}" for ours in places.get(module, [])]
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # oldest
+        targets = places.get(name, [])
         if not targets or any(target not in parameters for target in targets):
-            if re.fullmatch(UNUSED, name):
+            if name.startswith(HEADS) or name.endswith(UNREAD):
                 continue
             raise ValueError(f"{path} holds tensor {name!r}, for which this model has no place")
         pieces = unfused(name, tensor, model.config.n_head).tensor_split(len(targets))
