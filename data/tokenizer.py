@@ -4,13 +4,14 @@
 
 A folder is read from the first of these that it holds:
     vocab.txt                      WordPiece (BERT, MiniLM), by the class below
-    tokenizer.json                 byte-level BPE by tiktoken (GPT-2, RoBERTa, LLaMA-3, SmolLM2)
+    tokenizer.json                 WordPiece, or byte-level BPE by tiktoken (GPT-2, RoBERTa, LLaMA-3, SmolLM2)
     vocab.json and merges.txt      byte-level BPE by tiktoken (GPT-2, RoBERTa, DeBERTa)
     tokenizer.model or spm.model   LLaMA-3's ranks by tiktoken; LLaMA-1 and -2, DeBERTa-v2 and -v3 by sentencepiece
 
 Ids are those of the field's `tokenizers` on ordinary text. They may differ for characters that are younger than one of
 the two Unicode tables, and for rare tokens that the merges alone do not reach. One difference is on purpose: text that
-spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone.
+spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone. A folder
+with a setting that would give other ids, and that is not read here, is refused by the setting's name.
 """
 import base64
 import json
@@ -32,6 +33,15 @@ SPECIAL = {
     "sep": ("[SEP]", "</s>"),
 }
 
+# Settings that change the ids, with the only values of them that are supported.
+SETTINGS = {"word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpiece",), "do_basic_tokenize": (True,),
+            "never_split": ([],), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
+WORDPIECE = {"unk_token": ("[UNK]",), "continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,),
+             "clean_text": (True,), "normalizer": ("BertNormalizer",), "pre_tokenizer": ("BertPreTokenizer",)}
+BPE_MODEL = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
+             "byte_fallback": (False,)}
+SENTENCEPIECE = {"do_lower_case": (False,), "add_prefix_space": (True,)}
+
 
 class Tokenizer:
     """bos, eos, pad, cls, sep: ids, or None where the vocabulary has no such token.
@@ -42,15 +52,21 @@ class Tokenizer:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        spec = read_json(folder / "tokenizer.json")
-        settings = read_json(folder / "tokenizer_config.json")
+        spec = json_if_there(folder / "tokenizer.json")
+        settings = json_if_there(folder / "tokenizer_config.json")
         settings = {name: value for name, value in settings.items() if value is not None}
+        require(SETTINGS, settings, folder / "tokenizer_config.json")
         self.vocabulary = read_vocabulary(folder, spec, settings)
-        ids = read_json(folder / "added_tokens.json")  # control tokens may be here alone
-        ids.update((token["content"], int(i)) for i, token in settings.get("added_tokens_decoder", {}).items())
-        ids.update((token["content"], token["id"]) for token in spec.get("added_tokens", []))
+        ids = json_if_there(folder / "added_tokens.json")  # control tokens may be here alone
+        added = [{**token, "id": int(i)} for i, token in settings.get("added_tokens_decoder", {}).items()]
+        added += spec.get("added_tokens", [])
+        ids.update((token["content"], token["id"]) for token in added)
+        control = {token["content"] for token in added if token.get("special")}
+        for token in ids.keys() - self.vocabulary.ids.keys() - control:
+            if not token.startswith(("<", "[", "▁")):  # a word such as "covid", which should not be split
+                raise ValueError(f"{folder}: the added token {token!r} is not supported: it gives other ids")
         ids.update(self.vocabulary.ids)
-        settings = {**read_json(folder / "special_tokens_map.json"), **settings}
+        settings = {**json_if_there(folder / "special_tokens_map.json"), **settings}
         for name, usual in SPECIAL.items():
             token = settings.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
@@ -60,20 +76,16 @@ class Tokenizer:
         self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
 
     def check(self, n_rows, is_encoder):
-        """ValueError unless a model whose embedding has n_rows rows can take all ids. A padding token without a row
-        becomes 0: padding is masked, so any row will do."""
-        largest = max(self.vocabulary.ids.values())
+        """ValueError unless a model of this kind, whose embedding has n_rows rows, can take all ids. A padding token
+        without a row becomes 0: padding is masked, so any row will do."""
+        largest = max([*self.vocabulary.ids.values(), *(i for i in (self.bos, self.eos, self.cls, self.sep) if i)])
         if largest >= n_rows:
-            raise ValueError(f"{self.folder}: the vocabulary has ids up to {largest:,}, the model's embedding {n_rows:,} "
-                             f"rows: they do not belong together")
-        for name in ("cls", "sep") if is_encoder else ("bos", "eos"):
-            if (getattr(self, name) or 0) >= n_rows:
-                raise ValueError(f"{self.folder}: token {name} has id {getattr(self, name):,}, the model's embedding "
-                                 f"{n_rows:,} rows")
+            raise ValueError(f"{self.folder}: the vocabulary has ids up to {largest:,}, and the model's embedding "
+                             f"{n_rows:,} rows: they do not belong together")
         if is_encoder and None in (self.cls, self.sep):
-            raise ValueError(f"{self.folder}: an encoder needs [CLS] and [SEP], which the vocabulary does not name")
+            raise ValueError(f"{self.folder}: the vocabulary has no [CLS] and [SEP], which an encoder reads")
         if not is_encoder and self.bos is self.eos is None:
-            raise ValueError(f"{self.folder}: a GPT needs a token for the beginning or the end of a text")
+            raise ValueError(f"{self.folder}: the vocabulary names no beginning or end of a text, which a GPT reads")
         if self.pad is None or self.pad >= n_rows:
             self.pad = 0
 
@@ -88,31 +100,41 @@ class Tokenizer:
 
 def read_vocabulary(folder, spec, settings):
     where, model = folder / "tokenizer.json", spec.get("model") or {}
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    name = str(settings.get("tokenizer_class") or json_if_there(folder / "config.json").get("tokenizer_class"))
+    if name.startswith(("BertJapanese", "RoFormer")):
+        raise ValueError(f"{folder}: {name} cuts text into words by a dictionary, which is not supported")
     if (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         ids = {token.rstrip("\r"): i for i, token in enumerate(lines) if token}
-        return WordPiece(ids, settings, folder / "vocab.txt")
-    if "merges" in model and "▁" not in model["vocab"]:  # else LLaMA-1 or -2, whose tokenizer.model is read below
+        return WordPiece(ids, wordpiece_settings(spec, settings, where), folder / "vocab.txt")
+    if kind == "WordPiece":
+        return WordPiece(model["vocab"], wordpiece_settings(spec, settings, where), where)
+    if kind == "BPE" and "▁" not in model["vocab"]:  # else LLaMA-1 or -2, whose tokenizer.model is read below
+        require(BPE_MODEL, model, where)
         pattern, prefix = byte_level_steps(spec, where)
-        return byte_level_bpe(model["vocab"], model["merges"], pattern, prefix, where)
+        return byte_level_bpe(model["vocab"], model["merges"], pattern, settings.get("add_prefix_space", prefix), where)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        vocab, prefix = read_json(folder / "vocab.json"), settings.get("add_prefix_space", False)
+        vocab, prefix = json_if_there(folder / "vocab.json"), settings.get("add_prefix_space", False)
         return byte_level_bpe(vocab, merges, GPT2_PATTERN, prefix, folder / "vocab.json")
     for path in (folder / "tokenizer.model", folder / "spm.model"):
         if path.is_file():
             # LLaMA-3's is text: lines of a token in base64 and its rank
-            is_llama3 = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", path.read_bytes()[:1000])
-            return llama3_bpe(path) if is_llama3 else SentencePiece(path)
+            if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", path.read_bytes()[:1000]):
+                return llama3_bpe(path)
+            require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
+            return SentencePiece(path)
     if model:
-        raise ValueError(f"{where} holds a {model.get('type')} vocabulary, which is not read from there: put the "
-                         f"vocab.txt, spm.model or tokenizer.model beside it that it was made from")
+        file = "spm.model" if kind == "Unigram" else "tokenizer.model"
+        raise ValueError(f"{where} holds a {kind} vocabulary, which is not read from there: put {file} beside it, a "
+                         f"file of the published model on the Hub")
     raise ValueError(f"{folder} has no vocabulary that can be read: vocab.txt, tokenizer.json, vocab.json with "
                      f"merges.txt, tokenizer.model or spm.model")
 
 
-def read_json(path):
+def json_if_there(path):
     """The dict in a JSON file, {} where there is no such file."""
     if not path.is_file():
         return {}
@@ -123,6 +145,13 @@ def read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return content
+
+
+def require(allowed, settings, where):
+    """ValueError unless each of the `allowed` settings that is set has one of its allowed values."""
+    for name, values in allowed.items():
+        if name in settings and settings[name] not in values:
+            raise ValueError(f"{where}: {name} = {json.dumps(settings[name])[:60]} is not supported: it gives other ids")
 
 
 def adds_bos(folder, spec, settings, bos):
@@ -251,6 +280,18 @@ class SentencePiece:
 # ---- WordPiece -------------------------------------------------------------------------------------------------------
 
 
+def wordpiece_settings(spec, settings, where):
+    """The settings, completed by what a tokenizer.json says."""
+    if not spec:
+        return settings
+    normalizer, cutting = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    require(WORDPIECE, {**spec["model"], **normalizer, "normalizer": normalizer.get("type"),
+                        "pre_tokenizer": cutting.get("type")}, where)
+    names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
+    theirs = {names.get(name, name): value for name, value in normalizer.items() if value is not None}
+    return {**theirs, **settings}
+
+
 class WordPiece:
     """BERT's: clean the text, drop accents, lower-case, cut it at spaces and punctuation. Then take from each word the
     longest piece that the vocabulary has, again and again; "##" marks a piece that is not the first."""
@@ -259,19 +300,18 @@ class WordPiece:
         if "[UNK]" not in ids:
             raise ValueError(f"{where} has no [UNK], the token for words that it cannot spell")
         self.ids = ids
-        self.tokens = {i: token for token, i in ids.items()}
         self.lower = settings.get("do_lower_case", True)
         self.strip_accents = settings.get("strip_accents", self.lower)
+        self.chinese = settings.get("tokenize_chinese_chars", True)
         self.pieces = lru_cache(maxsize=200_000)(self.split_word)
 
     def encode(self, text):
         return [i for word in self.words(text) for i in self.pieces(word)]
 
-    def decode(self, ids):
-        return " ".join(self.tokens[i] for i in ids if i in self.tokens).replace(" ##", "")
-
     def words(self, text):
         text = "".join(map(cleaned, text))
+        if self.chinese and not text.isascii():
+            text = "".join(f" {c} " if is_chinese(c) else c for c in text)
         if self.strip_accents:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
         if self.lower:
@@ -294,14 +334,18 @@ class WordPiece:
 
 @lru_cache(maxsize=100_000)
 def cleaned(character):
-    """A space for white space, nothing for control characters; Chinese characters are words of their own."""
+    """A space for white space, nothing for control characters."""
     if character in "\t\n\r":
         return " "
     if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return ""
-    if unicodedata.name(character, "").startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")):
-        return f" {character} "
     return " " if character.isspace() else character
+
+
+@lru_cache(maxsize=100_000)
+def is_chinese(character):
+    """Chinese characters are words of their own."""
+    return unicodedata.name(character, "").startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH"))
 
 
 @lru_cache(maxsize=100_000)
