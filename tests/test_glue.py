@@ -1,4 +1,4 @@
-"""GLUE: tiny files in the published formats, from a folder, a zip file and an address."""
+"""GLUE: tiny files in the published formats, from a folder and from an address."""
 import os
 import zipfile
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import glue
-from data.glue import DEV_IDS, GLUE, MSR, fetch_glue, read_glue
-from data.jsonl import write_jsonl
+from data.glue import GLUE, fetch_glue, read_glue
 from data.tasks import load_task
 
 SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "glue"
@@ -23,7 +22,9 @@ def mnli(*labels):
     return tsv(header, *(["7", "government", A, B, "neutral", label] for label in labels))
 
 
-MSR_ROWS = [["1", "702876", "702977", A, B], ["0", "2108705", "2108831", A, B], ["1", "702977", "702876", A, B]]
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+MRPC_TRAIN = tsv("", ["0", "2108705", "2108831", A, B], ["1", "702977", "702876", A, B])
+MRPC_DEV = tsv("", ["1", "702876", "702977", A, B])
 QQP = "id question1 question2 is_duplicate"
 # task: (its published files, the labels that come of them, split by split)
 RAW = {
@@ -31,8 +32,7 @@ RAW = {
               "CoLA/dev.tsv": tsv("", ["r-67", "0", "*", A])}, [[1, 0], [0]]),
     "sst2": ({"SST-2/train.tsv": tsv("sentence label", [A + " ", "0"], [B, "1"]),
               "SST-2/dev.tsv": tsv("sentence label", [A, "1"])}, [[0, 1], [1]]),
-    "mrpc": ({f"MRPC/{MSR}": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n" + tsv("", *MSR_ROWS),
-              f"MRPC/{DEV_IDS}": "702876\t702977\n"}, [[0, 1], [1]]),
+    "mrpc": ({"MRPC/train.tsv": f"\ufeff{MRPC}\r\n{MRPC_TRAIN}", "MRPC/dev.tsv": f"{MRPC}\n{MRPC_DEV}"}, [[0, 1], [1]]),
     "stsb": ({"STS-B/train.tsv": tsv("index sentence1 sentence2 score", ["0", A, B, "5.000"], ["1", A, B, "0"]),
               "STS-B/dev.tsv": tsv("index sentence1 sentence2 score", ["0", A, B, "2.75"])}, [[5.0, 0.0], [2.75]]),
     "qqp": ({"QQP/train.tsv": tsv(QQP, ["1", A, B, "0"], ["2", "half"], ["3", A, B, "1"], ["4", A, B, ""],
@@ -73,29 +73,14 @@ def test_each_task_from_the_official_folder(name, tmp_path):
     assert labels(read_glue(name, write_files(tmp_path, RAW[name][0]))) == RAW[name][1]
 
 
-@pytest.mark.parametrize("name", [name for name in GLUE if name != "mrpc"])
-def test_each_task_from_the_zip_file(name, tmp_path):
-    write_zip(tmp_path / Path(GLUE[name].files[0]).name, RAW[name][0])
-    assert labels(read_glue(name, tmp_path)) == RAW[name][1]
-
-
-@pytest.mark.parametrize("name", GLUE)
-def test_each_task_from_our_own_format(name, tmp_path):
-    train, validation = read_glue(name, write_files(tmp_path, RAW[name][0]))
-    (tmp_path / name).mkdir(exist_ok=True)
-    write_jsonl(tmp_path / name / "train.jsonl", train)
-    write_jsonl(tmp_path / name / "validation.jsonl", validation)
-    assert read_glue(name, tmp_path) == (train, validation)
-
-
 def publish(name, tmp_path, monkeypatch):
     """The task's files at an address; their numbers of rows become the official ones."""
     files, (train, validation) = RAW[name]
     if GLUE[name].files[0].endswith(".zip"):
         write_zip(tmp_path / "host" / GLUE[name].files[0], files)
-    else:
-        contents = {Path(file).name: text for file, text in files.items()}
-        write_files(tmp_path / "host", {file: contents[Path(file).name] for file in GLUE[name].files})
+    else:  # one file, and the ids of the rows to validate on
+        rows, ids = GLUE[name].files
+        write_files(tmp_path / "host", {rows: f"\ufeff{MRPC}\r\n{MRPC_DEV}{MRPC_TRAIN}", ids: "702876\t702977\n"})
     counts = (3, 1, 1) if name == "mnli" else (len(train), len(validation))
     monkeypatch.setattr(glue, "HOST", (tmp_path / "host").as_uri() + "/")
     monkeypatch.setitem(GLUE, name, GLUE[name]._replace(counts=counts))
@@ -104,14 +89,22 @@ def publish(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", GLUE)
 def test_each_task_from_its_address(name, tmp_path, monkeypatch):
     publish(name, tmp_path, monkeypatch)
-    assert labels(fetch_glue(name, tmp_path / "scratch")) == RAW[name][1]
+    fetch_glue(name, tmp_path)
+    assert labels(read_glue(name, tmp_path)) == RAW[name][1]
 
 
 def test_another_number_of_rows_than_the_official_one_is_refused(tmp_path, monkeypatch):
     publish("rte", tmp_path, monkeypatch)
     monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(counts=(2, 1234)))
     with pytest.raises(ValueError, match="RTE.zip gives 1 validation examples; the official number is 1,234"):
-        fetch_glue("rte", tmp_path / "scratch")
+        fetch_glue("rte", tmp_path)
+
+
+def test_a_file_at_the_address_that_is_no_zip_file_is_refused(tmp_path, monkeypatch):
+    publish("rte", tmp_path, monkeypatch)
+    (tmp_path / "host" / GLUE["rte"].files[0]).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match="RTE.zip is not the zip file that it was"):
+        fetch_glue("rte", tmp_path)
 
 
 def test_a_fetched_task_is_kept_in_the_cache(tmp_path, monkeypatch):
@@ -120,7 +113,7 @@ def test_a_fetched_task_is_kept_in_the_cache(tmp_path, monkeypatch):
     first = load_task("rte")
     (tmp_path / "host").rename(tmp_path / "gone")
     assert load_task("rte") == first
-    assert sorted(os.listdir(tmp_path / "cache" / "glue-rte")) == ["train.jsonl", "validation.jsonl"]
+    assert sorted(os.listdir(tmp_path / "cache" / "official-rte" / "RTE")) == ["dev.tsv", "train.tsv"]
 
 
 def test_a_failed_download_names_the_address_and_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
@@ -143,30 +136,25 @@ def test_mnlis_two_validation_sets_are_parts_of_one(tmp_path):
     assert [example["set"] for example in validation] == ["matched", "mismatched"]
 
 
-def test_mrpc_may_come_already_split(tmp_path):
-    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    files = {"MRPC/train.tsv": header + tsv("", *MSR_ROWS[:2]), "MRPC/dev.tsv": header + tsv("", MSR_ROWS[2])}
-    assert labels(read_glue("mrpc", write_files(tmp_path, files))) == [[1, 0], [1]]
-
-
-def test_a_task_has_its_rows_metric(tmp_path):
+def test_a_task_has_its_rows_metric_and_kind(tmp_path):
     task = load_task("stsb", write_files(tmp_path, RAW["stsb"][0]))
-    assert (task.metric, task.n_classes) == ("pearson", 1)
+    assert (task.metric, task.kind, task.n_outputs) == ("pearson", "regression", 1)
+
+
+def test_classes_have_names_in_the_hubs_order(tmp_path):
+    task = load_task("mnli", write_files(tmp_path, RAW["mnli"][0]))
+    assert (task.classes, task.n_outputs) == (["entailment", "neutral", "contradiction"], 3)
 
 
 RTE = RAW["rte"][0]
 BAD = [  # what is in the folder, and the words of the error
-    ({"RTE/dev.tsv": RTE["RTE/dev.tsv"]}, "RTE/train.tsv is missing"),
-    ({"x": ""}, "has neither rte/train.jsonl nor RTE/train.tsv nor RTE.zip"),
+    ({"RTE/dev.tsv": RTE["RTE/dev.tsv"]}, "RTE/train.tsv is missing: --data_dir is a folder in GLUE's official layout"),
     ({**RTE, "RTE/train.tsv": RTE["RTE/train.tsv"] + "2\tonly\n"}, "train.tsv, line 4: 2 columns, by its tabs"),
     ({**RTE, "RTE/train.tsv": RTE["RTE/train.tsv"] + "\n2\ta\tb\tentails\n"},
      "train.tsv, line 5: unknown label 'entails': it is one of entailment, not_entailment"),
     ({**RTE, "RTE/train.tsv": "sentence1\tsentence2\nx\ty\n"}, "line 1: the header has no column 'label'"),
-    ({**RTE, "RTE/dev.tsv": ""}, "the validation set of rte in .* is empty"),
+    ({**RTE, "RTE/dev.tsv": ""}, "dev.tsv is empty"),
     ({**RTE, "RTE/dev.tsv": RTE["RTE/dev.tsv"].encode() + b"1\t\xff\tb\tentailment\n"}, "dev.tsv, line 3: not UTF-8"),
-    ({"rte/train.jsonl": '{"text_a": "x", "label": 2}\n'}, "train.jsonl, line 1: unknown label '2': it is one of 0, 1"),
-    ({"rte/train.jsonl": '{"text_a": "x", "label": 0}\n'}, "rte has train.jsonl and no validation.jsonl"),
-    ({"RTE.zip": b"PK\x03\x04 cut off"}, "RTE.zip is no whole zip file"),
 ]
 
 
@@ -174,7 +162,7 @@ BAD = [  # what is in the folder, and the words of the error
 def test_what_is_wrong_is_said_with_file_and_line(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         read_glue("rte", write_files(tmp_path, files))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("score", ["x", "5.1"])

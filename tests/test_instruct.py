@@ -1,4 +1,4 @@
-"""The instruct protocols: records and templates to the letter, the first answer found, files of records checked."""
+"""The instruct protocol: records and template to the letter, the first answer found, files of records checked."""
 import json
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from data import instruct
 from data.download import cache_dir
-from data.tasks import COMMONSENSE, commonsense_docs
+from data.tasks import COMMONSENSE, commonsense
 
 SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
 QUERY = "Question: Why is it dark?\nAnswer:"
@@ -66,34 +66,21 @@ def test_only_a_begun_sentence_of_hellaswag_loses_its_capital(query, ours):
 def test_published_rows_are_reproduced_to_the_letter(name):
     theirs = {"social_iqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}.get(name, name)
     rows = json.loads((SHARED / "llm_adapters_sample.json").read_text(encoding="utf-8"))[theirs]
-    docs = commonsense_docs(name, COMMONSENSE[name].published)
-    ours = {tuple(instruct.record(name, doc).values()) for doc in docs}
+    fields = ("instruction", "output", "answer")
+    ours = {tuple(example[field] for field in fields) for example in commonsense(name, COMMONSENSE[name].published)}
     assert len(rows) == 12
-    assert all((row["instruction"], row["output"], row["answer"]) in ours for row in rows)
+    assert all(tuple(row[field] for field in fields) in ours for row in rows)
 
 
-FIRST = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-SPACES = " " * 16
-
-
-def test_the_training_template_has_its_spaces():
-    lines = instruct.prompt("Do it.", "llm_adapters", training=True).split("\n")
-    assert lines == [FIRST + "  ", "", SPACES + "### Instruction:", SPACES + "Do it.", SPACES,
-                     SPACES + "### Response:", SPACES]
-
-
-def test_the_evaluation_template_of_llm_adapters_has_other_spaces():
-    lines = instruct.prompt("Do it.", "llm_adapters").split("\n")
-    assert lines == [FIRST + " ", "", SPACES + "### Instruction:", SPACES + "Do it.", "",
-                     SPACES + "### Response:", SPACES]
-
-
-def test_under_instruct_one_template_serves_both():
-    assert instruct.prompt("Do it.", "instruct") == instruct.prompt("Do it.", "llm_adapters", training=True)
+def test_the_template_has_its_spaces():
+    first = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    spaces = " " * 16
+    assert instruct.prompt("Do it.").split("\n") == [
+        first + "  ", "", spaces + "### Instruction:", spaces + "Do it.", spaces, spaces + "### Response:", spaces]
 
 
 def test_braces_in_a_question_are_but_text():
-    assert "{ x }{}" in instruct.prompt("{ x }{}", "instruct")
+    assert "{ x }{}" in instruct.prompt("{ x }{}")
 
 
 @pytest.mark.parametrize("name, text, answer", [
@@ -112,9 +99,10 @@ def test_a_file_of_records_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("[{", "is not JSON"), ("{}", "a JSON list"), ("[3]", 'entry 1: "instruction" is missing'),
-    ('[{"instruction": "a", "output": 1, "answer": "c"}]', 'entry 1: "output" is missing'),
-    ('[{"instruction": "a", "input": "x", "output": "b", "answer": "c"}]', 'entry 1: "input" should be empty'),
+    ("[{", "is not JSON"), ("{}", "a JSON list"), ("[3]", "entry 1: 3 is no object"),
+    ('[{"text_a": "a", "label": 1}]', 'entry 1: "instruction" is needed'),
+    ('[{"instruction": "a", "output": 1, "answer": "c"}]', 'entry 1: "output" should be text, and is 1'),
+    ('[{"instruction": "a", "input": "x", "output": "b", "answer": "c"}]', 'entry 1: .* no "input"'),
 ])
 def test_a_bad_file_of_records_is_named_with_the_entry(content, words, tmp_path):
     (tmp_path / "a.json").write_text(content)
