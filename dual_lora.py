@@ -1,27 +1,58 @@
-"""Dual LoRA in one file: low-rank fine-tuning that learns separately how far each weight moves and which way.
+"""Dual LoRA in one file: fine-tuning that learns separately how far each weight moves and which way.
 
-    W = W0 + dW        dW = alpha / sqrt(r1 r2) * ReLU(B A) ⊙ Sign(D C)
+    W = W0 + dW        dW = s * ReLU(B A) ⊙ Sign(D C)        s = alpha / sqrt(r1 r2)
 
     W0  (out, in)                 the pre-trained weight, frozen
     A   (r1, in)    B (out, r1)   magnitude: ReLU(BA) is how far each weight moves; where BA < 0 it stays
-    C   (r2, in)    D (out, r2)   direction: Sign(DC) is +1 or -1, forward or backward
+    C   (r2, in)    D (out, r2)   direction: Sign(DC) is +1 or -1
 
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates",
-arXiv 2512.03402. LoRA's update BA has rank r. Here BA and DC have low rank too, but ReLU and Sign act on every
-entry, and the rank of their product is not bounded by r1 and r2. r1 = r2 = r / 2 has the parameters of LoRA of rank r.
+arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r.
+
+Why apart. A step of full fine-tuning moves every weight in a direction and by a size. LoRA has one low-rank number for
+both: BA. Dual LoRA has a low-rank product for each. Three things follow. dW is not of low rank, since ReLU and Sign act
+on every entry. "Leave this weight alone" is a region, BA < 0, and no coincidence of numbers that cancel. And a
+direction is kept until the evidence turns it, however small the size is meanwhile.
+
+An example. r1 = r2 = 1, s = 1, and the gradient G = dL/dW is 0.5 everywhere: every weight should fall.
+
+    B = [ 1]   A = [2 -1]     BA = [ 2 -1]   ReLU(BA) = [2 0]
+        [-1]                       [-2  1]              [0 1]      dW = [2  0]
+    D = [ 1]   C = [0.1 1]    DC = [ 0.1  1]  Sign(DC) = [+ +]          [0 -1]
+        [-1]                       [-0.1 -1]             [- -]
+
+Going backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity:
+
+    g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]    dB = g_m A^T = [1  ]    dA = B^T g_m = [0.5 0.5]
+                                      [0   -0.5]                   [0.5]
+    g_d = G ⊙ ReLU(BA) = [1  0 ]                    dD = g_d C^T = [0.1]    dC = D^T g_d = [1 -0.5]
+                         [0 0.5]                                   [0.5]
+
+One step of SGD at a rate of 0.2 gives
+
+    BA = [ 1.52 -0.88]    DC = [-0.098  1.078]    dW = [-1.52  0   ]
+         [-2.09  1.21]         [ 0.11  -1.21 ]         [ 0    -1.21]
+
+The entry -1 became -1.21: the direction was right, and the size grew. The entry 2 became -1.52: DC was near zero there,
+and its sign turned. That is a jump, by twice the size. The zeros stay: the ReLU holds these two weights, and gradients
+of other entries must move A and B before they can leave. At the start that is so for half of all weights.
+
+What cannot be seen in dW is the size of DC. It only says how hard a sign is to turn. A sign turns after some
+DC / (change of DC a step) steps, so init_std and the learning rate decide how freely signs turn.
 
 Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: ReLU passes no gradient at 0, and neither
 A nor B would ever move. So all four matrices start random. dW is then not zero, and a factor multiplies it that grows
-from 0 to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one. The paper saw training collapse
-without it.
+from 0 to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one.
+
+How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm.
 
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
 
     apply_adapters(model, ["q_proj", "v_proj"], r1=4, r2=4)      # freezes all but the adapters
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=5e-4, weight_decay=0.0)    # search around LoRA's rate
+    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)    # search from LoRA's rate to four times that
     for step, batch in enumerate(batches):
-        set_warmup(model, min(1.0, step / 100))
+        set_warmup(model, min(1.0, step / 30))
         loss = model(batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
     save_adapter(model, "adapter.pt")                            # load_adapter(fresh_model, "adapter.pt")
     merge_adapters(model)                                        # plain layers again, with W0 + dW
@@ -36,158 +67,97 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-# ---- The sign and its gradient ---------------------------------------------------------------------------------------
-
-
-def sign(x):
-    """+1 where x > 0, else -1. torch.sign(0) is 0, which would switch the entry off."""
-    return (x.sign() - 0.5).sign()  # torch.where(x > 0, 1.0, -1.0) takes a CPU ten times as long
+# ---- The method ------------------------------------------------------------------------------------------------------
 
 
-def straight_through(grad, x, ste):
-    """dL/dx from grad = dL/dSign(x). The sign's true derivative is zero, and nothing would learn.
-
-    clip      the paper's: the gradient clipped to [-1, 1] by value, whatever x is
-    xnor      XNOR-Net's (arXiv 1603.05279): only where abs(x) <= 1
-    identity  the gradient as it is
-
-    The clip makes the update depend on the scale of the loss. Average the loss, and train in float32 or bfloat16:
-    a float16 loss scaler would push nearly every gradient into the clip.
-    """
-    if ste == "clip":
-        return grad.clamp(-1, 1)
-    if ste == "xnor":
-        return grad * (x.abs() <= 1)
-    return grad
+def sign_(x):
+    """x in place: +1 where it is > 0, else -1. torch.sign(0) is 0, which would switch the entry off."""
+    return x.sign_().sub_(0.5).sign_()  # torch.where(x > 0, 1.0, -1.0) takes a CPU ten times as long
 
 
 class SignSTE(torch.autograd.Function):
+    """The sign's true derivative is zero, and nothing would learn. So the gradient goes "straight through".
+
+    It is clipped to [-1, 1] by value, as in the paper, whatever x is. In float32 and bfloat16 the clip never acted in
+    any run we made, so that other estimators (XNOR-Net's, the plain identity) gave the same weights to the bit. A
+    float16 loss scaler would push nearly every gradient into the clip: do not use one.
+    """
 
     @staticmethod
-    def forward(ctx, x, ste):
-        ctx.save_for_backward(x)
-        ctx.ste = ste
-        return sign(x)
+    def forward(ctx, x):
+        return sign_(x.clone())
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        return straight_through(grad, x, ctx.ste), None
+        return grad.clamp(-1, 1)
 
 
-def sign_ste(x, ste="clip"):
-    """Sign(x), any shape, with the gradient of straight_through. ValueError for an unknown estimator."""
-    check_estimator(ste)
-    return SignSTE.apply(x, ste)
-
-
-def check_estimator(ste):
-    if ste not in ("clip", "xnor", "identity"):
-        raise ValueError(f"ste is {ste!r}: choose from clip, xnor, identity")
-
-
-# ---- The layer -------------------------------------------------------------------------------------------------------
+def sign_ste(x):
+    """Sign(x), any shape, two values, differentiable by the estimator above."""
+    return SignSTE.apply(x)
 
 
 class AdaptedLinear(nn.Linear):
-    """What all methods share: a linear layer's weight and bias, the same Parameter objects, taken over and frozen.
+    """What all methods share: W0 stays, and `weight` reads W0 + dW (effective_weight). A method defines delta_weight."""
 
-    A method adds its parameters, named lora_..., lora_A among them, and defines delta_weight and forward. `settings`
-    rebuild the layer from its file. Hugging Face's Conv1D (GPT-2) keeps its layout, weight (in, out).
-    """
+    merged_weight = None  # W0 + dW inside `merged`
 
-    def __init__(self, linear, **settings):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        self.transposed = is_conv1d(linear)
-        self.out_features, self.in_features = self.base_weight().shape
-        # weights_only, with which files are read, refuses NumPy's numbers.
-        self.settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
-        self.original = (linear,)  # for plain_layer; in a tuple, since it is no submodule
-        self.train(linear.training)
+    @property
+    def weight(self):
+        return effective_weight(self)
 
-    def base_weight(self):
-        """W0 (out, in), a view where the layer is a Conv1D."""
-        return self.weight.t() if self.transposed else self.weight
-
-    def new_parameter(self, init, *shape, **options):
-        """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device."""
-        drawn = init(torch.empty(shape, dtype=torch.float32, device="cpu"), **options)
-        return nn.Parameter(drawn.to(self.weight.device))
-
-    def check_precision(self):
-        if self.lora_A.dtype in (torch.bfloat16, torch.float16):
-            raise TypeError(f"the adapters were cast to {self.lora_A.dtype}, too coarse to train: "
-                            f"cast the model before apply_adapters, which then adds its parameters in float32")
-
-    @torch.no_grad()
-    def plain_layer(self):
-        """The layer as it was, class and layout, but with W0 + dW, summed in float32 and rounded once."""
-        W = (self.base_weight() + self.delta_weight()).to(self.weight.dtype)
-        W = W.t().contiguous() if self.transposed else W
-        linear = copy.copy(self.original[0])
-        linear._parameters = {"weight": nn.Parameter(W, requires_grad=False), "bias": self.bias}
-        return linear.train(self.training)
+    def forward(self, x):
+        return F.linear(x, out_in(self, self.weight), self.bias)
 
 
 class DualLoRALinear(AdaptedLinear):
-    """x (..., in) -> F.linear(x, W0 + dW, bias) (..., out), dW = warmup * alpha / sqrt(r1 r2) * ReLU(BA) ⊙ Sign(DC).
+    """x (..., in) -> F.linear(x, W0 + dW, bias) (..., out), in the place of `linear`.
 
-    dropout acts on x in the adapter's branch. W0 x and dW x are then two products, and a step takes five large
-    products instead of three. The paper does not give init_std. ValueError for a rank below 1 and an unknown `ste`.
+    linear: an nn.Linear, or Hugging Face's Conv1D. Its weight and bias, the same Parameters, are taken over and frozen.
+    dropout acts on x in the adapter's branch. W0 x and dW x are then two products, and a step takes five large products
+    instead of three. ValueError for a setting out of its range.
     """
 
-    def __init__(self, linear, r1=8, r2=8, alpha=16.0, dropout=0.0, ste="clip", init_std=0.02):
-        if min(r1, r2) < 1:
-            raise ValueError(f"r1 is {r1} and r2 is {r2}: a rank is at least 1")
-        check_estimator(ste)
-        super().__init__(linear, r1=r1, r2=r2, alpha=alpha, dropout=dropout, ste=ste, init_std=init_std)
-        self.scaling, self.dropout, self.ste = alpha / math.sqrt(r1 * r2), dropout, ste
+    def __init__(self, linear, r1=8, r2=8, alpha=16.0, dropout=0.0, init_std=0.02):
+        take_over(self, linear, r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std)
+        self.scaling, self.dropout = alpha / math.sqrt(r1 * r2), dropout
         # No matrix starts at zero: see "Step 0" above.
-        self.lora_A = self.new_parameter(nn.init.normal_, r1, self.in_features, std=init_std)
-        self.lora_B = self.new_parameter(nn.init.normal_, self.out_features, r1, std=init_std)
-        self.lora_C = self.new_parameter(nn.init.normal_, r2, self.in_features, std=init_std)
-        self.lora_D = self.new_parameter(nn.init.normal_, self.out_features, r2, std=init_std)
+        self.lora_A = new_parameter(self, r1, self.in_features, std=init_std)
+        self.lora_B = new_parameter(self, self.out_features, r1, std=init_std)
+        self.lora_C = new_parameter(self, r2, self.in_features, std=init_std)
+        self.lora_D = new_parameter(self, self.out_features, r2, std=init_std)
         # A tensor, not a number: torch.compile would compile again whenever a number changes.
-        self.register_buffer("warmup", torch.ones((), device=self.weight.device), persistent=False)
+        self.register_buffer("warmup", torch.ones((), device=self.lora_A.device))
 
     def delta_weight(self):
-        """dW (out, in). Plain autograd differentiates it, but keeps five matrices of this shape to do so."""
-        with full_precision(self.weight):
+        """dW (out, in), differentiable by plain autograd, which keeps W_m and W_d to do so."""
+        with autocast_off(self.lora_A):
             W_m = (self.lora_B @ self.lora_A).relu()
-            W_d = sign_ste(self.lora_D @ self.lora_C, self.ste)
-            return self.warmup * self.scaling * W_m * W_d
+            W_d = sign_ste(self.lora_D @ self.lora_C)
+            return self.warmup * self.scaling * (W_m * W_d)
 
     def forward(self, x):
         """Equal to F.linear(x, W0 + delta_weight(), bias), gradients included, but keeps no such matrix."""
-        self.check_precision()
-        W0, adapter = self.base_weight(), (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
+        if self.merged_weight is not None:
+            return super().forward(x)
+        check_precision(self)
+        W0, adapter = base_weight(self), (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
         s = self.warmup * self.scaling
         if self.training and self.dropout > 0:
-            zeros = W0.new_zeros(self.out_features, 1)  # broadcast in W0's place: the adapter's branch alone
-            dropped = F.dropout(x, self.dropout)
-            return F.linear(x, W0, self.bias) + DualLinear.apply(dropped, zeros, None, *adapter, s, self.ste)
-        return DualLinear.apply(x, W0, self.bias, *adapter, s, self.ste)
+            zeros = W0.new_zeros(self.out_features, 1)  # in W0's place, for the adapter's branch alone
+            branch = DualLinear.apply(F.dropout(x, self.dropout), zeros, None, *adapter, s)
+            return F.linear(x, W0, self.bias) + branch
+        return DualLinear.apply(x, W0, self.bias, *adapter, s)
 
 
-def full_precision(tensor):
-    """Autocast off, for BA and DC.
-
-    subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
-    size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
-    Hence float32 adapters on any base. TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) turns 0.008 %.
-    """
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-# ---- The memory-saving backward pass. The hard thing in this file. ---------------------------------------------------
+# ---- The memory-saving backward pass: the same numbers with less memory. The hard thing in this file. ----------------
 #
-# Plain autograd would keep BA, DC, W_m = ReLU(BA), W_d = Sign(DC) and W for the backward pass, each as large as W0.
-# None needs to be kept. BA and DC are formed again from the small matrices, which is cheap beside the three large
-# products that full fine-tuning has as well: y = x W^T, dL/dx = dL/dy W and G = dL/dW = (dL/dy)^T x.
-# With s = warmup * alpha / sqrt(r1 r2) and sW_m = s ReLU(BA) = ReLU((sB) A), since s is never negative:
+# Plain autograd keeps W_m = ReLU(BA), W_d = Sign(DC) and W for the backward pass, each as large as W0. None needs to be
+# kept: BA and DC are formed again from the small matrices, which is cheap beside the three large products that full
+# fine-tuning has as well: y = x W^T, dL/dx = dL/dy W and G = dL/dW = (dL/dy)^T x. Below s holds the warm-up's factor
+# too, and sW_m = s ReLU(BA) = ReLU((sB) A), since s is never negative:
 #
 #     g_m = G ⊙ W_d ⊙ [BA > 0]            dB = s g_m A^T     dA = (sB)^T g_m
 #     g_d = Clip(G ⊙ sW_m, -1, 1)         dD = g_d C^T       dC = D^T g_d
@@ -195,31 +165,23 @@ def full_precision(tensor):
 # The scale only ever multiplies thin matrices, where it costs nothing.
 
 
-def row_blocks(B, A):
-    """Slices of BA's rows: on a CPU as many rows as fit its cache, on a GPU or compiled all at once."""
-    if torch.compiler.is_compiling() or not B.is_cpu:
-        return [slice(None)]
-    step = max(1, 2**16 // A.shape[1])
-    return [slice(start, start + step) for start in range(0, B.shape[0], step)]
-
-
 class DualLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + bias."""
 
     @staticmethod
-    def forward(ctx, x, W0, bias, A, B, C, D, s, ste):
+    def forward(ctx, x, W0, bias, A, B, C, D, s):
         W = W0.new_empty(B.shape[0], A.shape[1])
-        with full_precision(x):
+        with autocast_off(A):
             sB = s * B
             for rows in row_blocks(B, A):
-                sW_m, DC = (sB[rows] @ A).relu_(), D[rows] @ C
-                W[rows] = W0[rows] + sW_m * sign(DC)
+                sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
+                torch.addcmul(W0[rows], sW_m, W_d, out=W[rows])
         y = F.linear(x, W, bias)
         ctx.save_for_backward(x.to(y.dtype), W0, A, B, C, D, s)  # y has autocast's dtype, where that is on
-        ctx.ste = ste
         return y
 
     @staticmethod
+    @once_differentiable  # a second derivative raises an error: this function would get it wrong
     def backward(ctx, gy):
         x, W0, A, B, C, D, s = ctx.saved_tensors
         gy_rows = gy.reshape(-1, gy.shape[-1])        # (N, out)
@@ -227,89 +189,74 @@ class DualLinear(torch.autograd.Function):
         W = torch.empty_like(G)
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
         compiling = torch.compiler.is_compiling()
-        if compiling:  # makes A and C depend on gy, so that BA and DC are formed again here and not kept
+        if compiling:
+            # subtle: the compiler sees both passes at once, finds BA and DC in both, and would keep the first ones.
+            # Here A and C seem to depend on gy, so BA and DC are other matrices to it, and are formed again.
             A, C = torch.where(gy_rows[0, 0] > 0, A, A), torch.where(gy_rows[0, 0] > 0, C, C)
-        with full_precision(x):
+        with autocast_off(A):
             sB = s * B
             for rows in row_blocks(B, A):
-                sW_m, DC = (sB[rows] @ A).relu_(), D[rows] @ C
-                W_d = sign(DC)
-                W[rows] = W0[rows] + sW_m * W_d
+                sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
+                torch.addcmul(W0[rows], sW_m, W_d, out=W[rows])
                 G_rows = G[rows].to(A.dtype)
-                g_m = (G_rows * W_d).mul_(sW_m.sign())  # sW_m >= 0, so its sign is [BA > 0]
-                g_d = straight_through(G_rows * sW_m, DC, ctx.ste)
-                dA += sB[rows].t() @ g_m
-                dB[rows] = s * (g_m @ A.t())
-                dC += D[rows].t() @ g_d
-                dD[rows] = g_d @ C.t()
-            gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # torch 2.4 compiles the question wrong
+                g_m = W_d.mul_(G_rows).mul_(sW_m.sign())  # sW_m >= 0, so its sign is [BA > 0]
+                g_d = sW_m.mul_(G_rows).clamp_(-1, 1)
+                dA.addmm_(sB[rows].t(), g_m)
+                dC.addmm_(D[rows].t(), g_d)
+                torch.mm(g_m, A.t(), out=dB[rows])
+                torch.mm(g_d, C.t(), out=dD[rows])
+            dB.mul_(s)
+        gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # compiled by torch 2.4, the answer is wrong
         gW0 = G if ctx.needs_input_grad[1] else None
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
-        return gx, gW0, gbias, dA, dB, dC, dD, None, None
+        return gx, gW0, gbias, dA, dB, dC, dD, None
 
 
-# ---- The baselines: what Dual LoRA is measured against ---------------------------------------------------------------
+def row_blocks(B, A):
+    """Slices of BA's rows: on a CPU as many rows as fit its cache, on a GPU or compiled all at once."""
+    if torch.compiler.is_compiling() or not B.is_cpu:
+        return [slice(None)]
+    step = max(1, 2**17 // A.shape[1])
+    return [slice(start, start + step) for start in range(0, B.shape[0], step)]
+
+
+def autocast_off(tensor):
+    """For BA and DC, which are formed in float32.
+
+    subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
+    size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
+    Hence float32 adapters on any base. TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) is left as it is.
+    """
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+# ---- LoRA, to compare with -------------------------------------------------------------------------------------------
 
 
 class LoRALinear(AdaptedLinear):
     """LoRA (Hu et al., arXiv 2106.09685): y = x W0^T + bias + alpha / r * B A x, A (r, in), B (out, r).
 
-    B starts at 0. dW is never built: two thin products take its place. ValueError for a rank below 1.
+    B starts at 0, so dW does. dW is never built: two thin products take its place. For the rest see DualLoRALinear.
     """
 
     def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
-        if r < 1:
-            raise ValueError(f"r is {r}: a rank is at least 1")
-        super().__init__(linear, r=r, alpha=alpha, dropout=dropout)
+        take_over(self, linear, r=r, alpha=alpha, dropout=dropout)
         self.scaling, self.dropout = alpha / r, dropout
-        self.lora_A = self.new_parameter(nn.init.kaiming_uniform_, r, self.in_features, a=math.sqrt(5))
-        self.lora_B = self.new_parameter(nn.init.zeros_, self.out_features, r)
+        self.lora_A = new_parameter(self, r, self.in_features, std=1 / math.sqrt(3 * self.in_features), uniform=True)
+        self.lora_B = new_parameter(self, self.out_features, r, std=0.0)
 
     def delta_weight(self):
         """dW (out, in)."""
-        with full_precision(self.weight):
+        with autocast_off(self.lora_A):
             return self.scaling * (self.lora_B @ self.lora_A)
 
-    def branch(self, x):
-        """alpha / r * B A x, (..., in) -> (..., out)."""
-        return self.scaling * F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-
     def forward(self, x):
-        self.check_precision()
-        y = F.linear(x, self.base_weight(), self.bias)
-        return (y + self.branch(F.dropout(x, self.dropout, self.training))).to(y.dtype)
-
-
-class DoRALinear(LoRALinear):
-    """DoRA (Liu et al., arXiv 2402.09353): W = m V / |V|, V = W0 + alpha / r * B A, |V| the norm of each row.
-
-    lora_magnitude (out,) is m, |W0| at the start. |V| passes no gradient (the paper's section 4.3).
-    """
-
-    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
-        super().__init__(linear, r, alpha, dropout)
-        self.lora_magnitude = nn.Parameter(self.base_weight().detach().float().norm(dim=1))
-
-    def ratio(self):
-        """m / |V| (out,)."""
-        V = self.base_weight() + super().delta_weight().detach()
-        return self.lora_magnitude / V.norm(dim=1)
-
-    def delta_weight(self):
-        """dW (out, in) = m V / |V| - W0."""
-        W0 = self.base_weight()
-        return self.ratio()[:, None] * (W0 + super().delta_weight()) - W0
-
-    def forward(self, x):
-        self.check_precision()
-        W0, ratio = self.base_weight(), self.ratio()
-        y = F.linear(x, W0, self.bias)
-        dropped = F.dropout(x, self.dropout, self.training)
-        if self.training and self.dropout > 0:
-            plain = F.linear(dropped, W0)
-        else:
-            plain = y if self.bias is None else y - self.bias
-        return (y + (ratio - 1) * plain + ratio * self.branch(dropped)).to(y.dtype)
+        if self.merged_weight is not None:
+            return super().forward(x)
+        check_precision(self)
+        y = F.linear(x, base_weight(self), self.bias)
+        Ax = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
+        return (y + self.scaling * F.linear(Ax, self.lora_B)).to(y.dtype)
 
 
 # ---- The verbs -------------------------------------------------------------------------------------------------------
@@ -319,8 +266,8 @@ def apply_adapters(model, targets, layer=DualLoRALinear, **settings):
     """Freeze `model` and put layer(linear, **settings) in the place of every linear layer in `targets`; returns model.
 
     A target is the last component of a module's name, or a dotted end of it: "q_proj", "attn.c_attn". Earlier adapters
-    stay trainable. ValueError or TypeError, before anything has changed, for a target that matches no linear layer and
-    for a layer that cannot take an adapter (see check_layer).
+    stay trainable; all else is frozen, a head too, so thaw that afterwards. ValueError or TypeError, before anything
+    has changed, for a target that matches no linear layer and for a layer that cannot take an adapter (check_layer).
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = list(linear_layers(model))
@@ -336,27 +283,27 @@ def apply_adapters(model, targets, layer=DualLoRALinear, **settings):
 
 
 def set_warmup(model, factor):
-    """Set the factor on dW, 0 to 1, of every Dual LoRA layer."""
+    """Set the factor on dW of every Dual LoRA layer. It is part of the state, and is saved. ValueError: not 0 to 1."""
+    if not 0 <= factor <= 1:
+        raise ValueError(f"factor is {factor}: it should be from 0 to 1")
     for layer in adapted_layers(model).values():
         if isinstance(layer, DualLoRALinear):
             layer.warmup.fill_(factor)
 
 
 def adapter_state_dict(model):
-    """{name: tensor} of the adapters and of whatever else is trainable, such as a head. Not copied."""
-    named = unwrapped(model).named_parameters()
-    return {name: p.detach() for name, p in named if p.requires_grad or "lora_" in name}
+    """{name: tensor}, not copied: the adapters, whatever else is trainable, such as a head, and persistent buffers."""
+    ours = adapter_names(model)
+    return {plain_name(name): t.detach() for name, t in named_tensors(model).items()
+            if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
 
 
 def save_adapter(model, path):
-    """Write adapter_state_dict(model), and what rebuilds the adapters, to `path`, whole or not at all.
-
-    The warm-up factor is not saved: a loaded adapter has factor 1. Inside `merged` a model has no adapters to save.
-    """
-    layers = {name: (type(layer).__name__, layer.settings) for name, layer in adapted_layers(model).items()}
-    state = {name: p.cpu() for name, p in adapter_state_dict(model).items()}
+    """Write adapter_state_dict(model), and what rebuilds the adapters, to `path`, whole or not at all."""
+    layers = {plain_name(name): (type(m).__name__, m.settings) for name, m in adapted_layers(model).items()}
+    state = {name: tensor.cpu() for name, tensor in adapter_state_dict(model).items()}
     if not state:
-        raise ValueError("nothing to save: no adapters (inside `merged` there are none) and no trainable parameter")
+        raise ValueError("nothing to save: the model has no adapters and no trainable parameter")
     save_atomically({"layers": layers, "state": state}, path)
 
 
@@ -369,85 +316,149 @@ def load_adapter(model, path):
     inner = unwrapped(model)
     layers, state = read_adapter(path)
     linears = linear_layers(inner)
-    shapes = {name: p.shape for name, p in inner.named_parameters() if name in state}
-    for name, (cls, settings) in layers.items():
-        if name not in linears:
-            raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
-        weight = linears[name].weight
-        in_out = weight.shape if is_conv1d(linears[name]) else weight.shape[::-1]
-        expected = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)  # shapes, without memory
-        shapes.update({f"{name}.{key}": p.shape for key, p in expected.named_parameters() if "lora_" in key})
-    for name in {**state, **shapes}:
-        if name not in state or name not in shapes:
-            raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
-        if state[name].shape != shapes[name]:
-            raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, and {[*shapes[name]]} in this model")
-
-    insert(inner, layers)
-    parameters = dict(inner.named_parameters())
+    shapes = {name: t.shape for name, t in named_tensors(inner).items()
+              if name in state or not isinstance(t, nn.Parameter)}
+    with torch.random.fork_rng(devices=[]):  # the layers' random start is overwritten: the caller's generator stays
+        for name, (cls, settings) in layers.items():
+            if name not in linears:
+                raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
+            check_layer(inner, name)
+            shape = linears[name].weight.shape
+            in_out = shape if is_conv1d(linears[name]) else shape[::-1]
+            expected = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)
+            shapes.update({f"{name}.{key}": t.shape for key, t in named_tensors(expected).items() if key != "weight"})
+        for name in {**state, **shapes}:
+            if name not in state or name not in shapes:
+                raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
+            if state[name].shape != shapes[name]:
+                raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, "
+                                 f"and {[*shapes[name]]} in this model")
+        insert(inner, layers)
+    tensors = named_tensors(inner)
     with torch.no_grad():
         for name, value in state.items():
-            parameters[name].requires_grad_(True).copy_(value)
+            tensors[name].copy_(value)
+            if isinstance(tensors[name], nn.Parameter):
+                tensors[name].requires_grad_(True)
     return model
 
 
 def merge_adapters(model):
     """Turn every adapted layer back into the plain one, with W0 + dW; returns model. There is no way back.
 
-    A bfloat16 weight cannot take up what is below half a unit in its last place: see `lost` in adapter_report.
+    The sum is formed in float32 and rounded once. A bfloat16 weight cannot take up what is below half a unit in its
+    last place.
     """
     if isinstance(model, AdaptedLinear):
-        return model.plain_layer()
+        return plain_layer(model)
     for name, layer in adapted_layers(model).items():
-        replace(model, name, layer.plain_layer())
+        replace(model, name, plain_layer(layer))
     return model
 
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside, every adapted layer is a plain one with W0 + dW: evaluation and generation at the base model's speed.
+    """Inside, every adapted layer is one plain product with W0 + dW: evaluation and generation at the base's speed.
 
-    Afterwards, an error included, the adapters are back and W0 is what it was: layers are swapped, nothing is
-    subtracted. Needs memory for the adapted weights once more.
+    Afterwards, an error included, W0 is what it was, to the bit: no module is swapped and nothing is subtracted. On a
+    GPU W0 waits in the CPU's memory meanwhile, so that the weights are there once. The adapters do not train inside.
     """
-    adapted = {name: layer for name, layer in adapted_layers(model).items() if layer is not model}
+    layers = [layer for layer in adapted_layers(model).values() if layer.merged_weight is None]
     try:
-        for name, layer in adapted.items():
-            replace(model, name, layer.plain_layer())
+        with torch.inference_mode(False), torch.no_grad():  # a caller's inference mode would taint W0
+            for layer in layers:
+                W0, layer.merged_weight = layer._parameters["weight"], effective_weight(layer)
+                if not W0.is_cpu:
+                    W0.data = W0.data.cpu()
         yield model
     finally:
-        for name, layer in adapted.items():
-            plain = unwrapped(model).get_submodule(name)
-            replace(model, name, layer.train(plain.training))  # model.eval() inside holds afterwards
+        with torch.inference_mode(False):
+            for layer in layers:
+                if layer.merged_weight is not None:
+                    W0 = layer._parameters["weight"]
+                    W0.data = W0.data.to(layer.merged_weight.device)
+                    del layer.merged_weight
+
+
+# ---- What the layers are made of -------------------------------------------------------------------------------------
+
+
+def take_over(layer, linear, **settings):
+    """Make `layer` a double of `linear`: its parameters, frozen, and all else that hangs on it, such as hooks and flags.
+
+    It stands for nn.Linear.__init__, which would allocate a second weight. `settings` rebuild the layer from its file.
+    """
+    for name, value in settings.items():
+        if name in ("r", "r1", "r2"):
+            fits, expected = isinstance(value, int) and value >= 1, "a whole number, 1 or more"
+        elif name == "dropout":
+            fits, expected = 0 <= value < 1, "at least 0 and below 1"
+        else:
+            fits, expected = 0 < value < math.inf, "a number above 0"
+        if not fits:
+            raise ValueError(f"{name} is {value!r}: it should be {expected}")
+    layer.__dict__.update(linear.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):  # dicts of its own; those of hooks are shared
+        layer.__dict__[kind] = linear.__dict__[kind].copy()
+    for p in layer._parameters.values():
+        if p is not None:
+            p.requires_grad_(False)
+    layer.original = (linear,)  # for plain_layer; in a tuple, since it is no submodule
+    layer.transposed = is_conv1d(linear)
+    layer.out_features, layer.in_features = base_weight(layer).shape
+    layer.settings = settings
+
+
+def new_parameter(layer, *shape, std, uniform=False):
+    """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device, and without nn.init, which
+    some loaders switch off."""
+    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+    bound = math.sqrt(3) * std
+    drawn = drawn.uniform_(-bound, bound) if uniform else drawn.normal_(std=std)
+    return nn.Parameter(drawn.to(layer._parameters["weight"].device))
+
+
+def out_in(layer, weight):
+    """A weight as (out, in), a view where the layer is a Conv1D, which has it as (in, out); and back."""
+    return weight.t() if layer.transposed else weight
+
+
+def base_weight(layer):
+    """W0 (out, in). It stays the Parameter "weight" of the layer: only reading the attribute gives W0 + dW."""
+    return out_in(layer, layer._parameters["weight"])
+
+
+def effective_weight(layer):
+    """W0 + dW, summed in float32 and rounded once, in W0's layout and dtype; differentiable.
+
+    This is what `layer.weight` reads, so a module that takes its child's weight and never calls it trains rightly
+    (nn.MultiheadAttention, nn.TransformerEncoderLayer in evaluation). It is a new tensor each time: what is written
+    into it is lost. W0 is layer._parameters["weight"].
+    """
+    if layer.merged_weight is not None:
+        return layer.merged_weight
+    try:
+        W = base_weight(layer) + layer.delta_weight()
+    except AttributeError as error:  # out of a property it would make nn.Module hand out W0 instead
+        raise RuntimeError(f"delta_weight of {type(layer).__name__}: {error}") from error
+    return out_in(layer, W).to(layer._parameters["weight"].dtype)
+
+
+def check_precision(layer):
+    if layer.lora_A.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"the adapters were cast to {layer.lora_A.dtype}, too coarse to train: "
+                        f"cast the model before apply_adapters, which then adds its parameters in float32")
 
 
 @torch.no_grad()
-def adapter_report(model, since=None):
-    """{layer's name: dict} on its dW; shares are from 0 to 1.
-
-    inactive         Dual LoRA: entries that the ReLU holds at zero; half of them at the start, by symmetry
-    flips            Dual LoRA, with `since`, an earlier adapter_state_dict (cloned): signs of DC that differ from it
-    effective_rank   exp of the entropy of the squared singular values, as shares of their sum
-    numerical_rank   singular values above 1 % of the largest
-    relative_norm    Frobenius norm of dW over W0's
-    lost             non-zero entries of dW that merging would lose in rounding
-    """
-    report = {}
-    for name, layer in adapted_layers(model).items():
-        W0, dW, row = layer.base_weight(), layer.delta_weight(), {}
-        if isinstance(layer, DualLoRALinear):
-            row["inactive"] = (layer.lora_B @ layer.lora_A <= 0).float().mean().item()
-            if since is not None:
-                before = since[f"{name}.lora_D"] @ since[f"{name}.lora_C"]
-                row["flips"] = ((before > 0) != (layer.lora_D @ layer.lora_C > 0)).float().mean().item()
-        sigma = torch.linalg.svdvals(dW)
-        share = sigma.square() / sigma.square().sum().clamp(min=1e-30)
-        row["effective_rank"] = torch.special.entr(share).sum().exp().item()
-        row["numerical_rank"] = (sigma > 0.01 * sigma[0]).sum().item()
-        row["relative_norm"] = (dW.norm() / W0.float().norm()).item()
-        row["lost"] = ((W0 + dW).to(W0.dtype) == W0)[dW != 0].float().mean().nan_to_num(0).item()
-        report[name] = row
-    return report
+def plain_layer(layer):
+    """The layer as it was, class, layout, hooks and flags, but with W0 + dW."""
+    plain = copy.copy(layer.original[0])
+    plain.__dict__ = {key: layer.__dict__[key] for key in plain.__dict__}  # as they are now
+    for kind in ("_parameters", "_buffers", "_modules"):
+        plain.__dict__[kind] = {name: layer.__dict__[kind][name] for name in layer.original[0].__dict__[kind]}
+    plain._parameters["weight"] = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
+    return plain
 
 
 # ---- What the verbs are made of --------------------------------------------------------------------------------------
@@ -468,10 +479,35 @@ def adapted_layers(model):
     return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
 
 
+def adapter_names(model):
+    """Names of the parameters that adapted layers have and plain ones do not. A name alone would not tell: peft has
+    parameters called lora_A too."""
+    return {f"{name}.{key}" for name, layer in adapted_layers(model).items()
+            for key in layer._parameters if key not in layer.original[0]._parameters}
+
+
+def named_tensors(model):
+    """{name: tensor} of all parameters and persistent buffers. W0 is there under its own name, "weight"."""
+    return {name: t for name, t in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+
+
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+
+
 def unwrapped(model):
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model inside wrappers that put something before every name."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+        elif isinstance(model, WRAPPERS):
+            model = model.module
+        else:
+            return model
+
+
+def plain_name(name):
+    """The name that a layer, or a tensor, has where no layer is compiled by itself."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def replace(model, name, layer):
@@ -485,31 +521,36 @@ def insert(model, plan):
     for name in plan:
         check_layer(model, name)
     layers = {name: cls(model.get_submodule(name), **settings) for name, (cls, settings) in plan.items()}
+    earlier = adapter_names(model)
     for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name and p.requires_grad)
+        p.requires_grad_(p.requires_grad and name in earlier)
     for name, layer in layers.items():
         replace(model, name, layer)
 
 
 def check_layer(model, name):
     """Refuse what would go wrong without a word."""
-    linear = model.get_submodule(name)
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
+    linear, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    weight = linear._parameters.get("weight")
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if isinstance(linear, AdaptedLinear):
         raise ValueError(f"{name} has an adapter already: merge it, or start from a fresh model")
-    if len(owners) > 1:
-        raise ValueError(f"{name}: its weight is shared ({' and '.join(owners)}): an adapter would not reach both")
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise ValueError(f"{name}: nn.MultiheadAttention reads this weight itself and never calls the layer")
-    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{name}: {type(linear).__name__} has its own forward pass, which an adapter would replace")
-    if not linear.weight.is_floating_point():
-        raise TypeError(f"{name}: its weight is {linear.weight.dtype}: dequantise first")
+    if getattr(owner, "base_layer", None) is linear:
+        raise ValueError(f"{name} is inside a layer of peft, whose merging writes into its weight: "
+                         f"merge peft's adapter first")
+    if "forward" in linear.__dict__ or not (is_conv1d(linear) or type(linear).forward is nn.Linear.forward):
+        raise ValueError(f"{name}: this {type(linear).__name__} has its own forward pass, which would be lost")
+    if weight is None:
+        raise TypeError(f"{name}: its weight is computed, as by weight_norm or pruning: remove that first")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
+        raise TypeError(f"{name}: its weight is a {type(weight).__name__} of {weight.dtype}: dequantise first")
+    if len(names) > 1:
+        raise ValueError(f"{name}: its weight is shared ({' and '.join(names)}): an adapter would not reach both")
 
 
 def save_atomically(content, path):
     """torch.save under a temporary name, then rename: at no moment is there half a file under `path`."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
