@@ -1,0 +1,144 @@
+"""Methods to compare with, by their names in compare.py, and what is inside a dW.
+
+    dora           DoRA
+    no_relu        BA ⊙ Sign(DC)
+    no_sign        ReLU(BA) ⊙ DC
+    loha           BA ⊙ DC: neither of the two, LoHa (FedPara, arXiv 2108.06098)
+    random_start   LoRA of rank r1 + r2 from Dual LoRA's start: B is random too, and the scale of dW is warmed up
+    xnor           Dual LoRA with XNOR-Net's gradient of the sign (arXiv 1603.05279): only where abs(DC) <= 1
+    identity       Dual LoRA with the gradient passed as it is
+
+Importing this file adds them to train.METHODS. All but DoRA are by plain autograd.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train
+from dual_lora import (AdaptedLinear, DualLoRALinear, LoRALinear, adapted_layers, autocast_off, base_weight,
+                       check_precision, sign_ste)
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (Liu et al., arXiv 2402.09353): W = m V / |V|, V = W0 + alpha / r * B A, |V| the norm of each row.
+
+    lora_magnitude (out,) is m, |W0| at the start. |V| passes no gradient (the paper's section 4.3).
+    """
+
+    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
+        super().__init__(linear, r, alpha, dropout)
+        self.lora_magnitude = nn.Parameter(base_weight(self).detach().float().norm(dim=1))
+
+    def ratio(self):
+        """m / |V| (out,)."""
+        V = base_weight(self) + super().delta_weight().detach()
+        return self.lora_magnitude / V.norm(dim=1)
+
+    def delta_weight(self):
+        """dW (out, in) = m V / |V| - W0."""
+        W0 = base_weight(self)
+        return self.ratio()[:, None] * (W0 + super().delta_weight()) - W0
+
+    def forward(self, x):
+        if self.merged_weight is not None:
+            return AdaptedLinear.forward(self, x)
+        check_precision(self)
+        W0, ratio = base_weight(self), self.ratio()
+        y = F.linear(x, W0, self.bias)
+        dropped = F.dropout(x, self.dropout, self.training)
+        if self.training and self.dropout > 0:
+            plain = F.linear(dropped, W0)
+        else:
+            plain = y if self.bias is None else y - self.bias
+        BAx = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return (y + (ratio - 1) * plain + ratio * self.scaling * BAx).to(y.dtype)
+
+
+class Ablation(DualLoRALinear):
+    """The subclass says what ReLU and Sign are replaced by."""
+
+    def delta_weight(self):
+        with autocast_off(self.lora_A):
+            W_m = self.magnitude(self.lora_B @ self.lora_A)
+            W_d = self.direction(self.lora_D @ self.lora_C)
+            return self.warmup * self.scaling * W_m * W_d
+
+    def forward(self, x):
+        return AdaptedLinear.forward(self, x)
+
+    def magnitude(self, BA):
+        return BA.relu()
+
+    def direction(self, DC):
+        return sign_ste(DC)
+
+
+class NoReLU(Ablation):
+    def magnitude(self, BA):
+        return BA
+
+
+class NoSign(Ablation):
+    def direction(self, DC):
+        return DC
+
+
+class LoHa(NoReLU, NoSign):
+    pass
+
+
+class RandomStart(Ablation):
+    def delta_weight(self):
+        r1, r2 = len(self.lora_A), len(self.lora_C)
+        scaling = self.scaling * math.sqrt(r1 * r2) / (r1 + r2)  # alpha / r
+        with autocast_off(self.lora_A):
+            return self.warmup * scaling * (self.lora_B @ self.lora_A + self.lora_D @ self.lora_C)
+
+
+class Identity(Ablation):
+    def direction(self, DC):
+        return sign_ste(DC).detach() + (DC - DC.detach())
+
+
+class XNOR(Ablation):
+    def direction(self, DC):
+        inside = DC.clamp(-1, 1)
+        return sign_ste(DC).detach() + (inside - inside.detach())
+
+
+OPTIONS = train.METHODS["dual_lora"][1]
+LAYERS = {"no_relu": NoReLU, "no_sign": NoSign, "loha": LoHa, "random_start": RandomStart, "xnor": XNOR,
+          "identity": Identity}
+train.METHODS["dora"] = (DoRALinear, train.METHODS["lora"][1])
+train.METHODS.update({name: (layer, OPTIONS) for name, layer in LAYERS.items()})
+
+
+@torch.no_grad()
+def adapter_report(model, since=None):
+    """{layer's name: dict} on its dW; shares are from 0 to 1.
+
+    inactive         Dual LoRA: entries that the ReLU holds at zero; half of them at the start, by symmetry
+    flips            Dual LoRA, with `since`, an earlier adapter_state_dict (cloned): signs of DC that differ from it
+    effective_rank   exp of the entropy of the squared singular values, as shares of their sum
+    above_1_percent  singular values above 1 % of the largest
+    relative_norm    Frobenius norm of dW over W0's
+    lost             non-zero entries of dW that merging would lose in rounding
+    """
+    report = {}
+    for name, layer in adapted_layers(model).items():
+        W0, dW, row = base_weight(layer), layer.delta_weight(), {}
+        if isinstance(layer, DualLoRALinear):
+            row["inactive"] = (layer.lora_B @ layer.lora_A <= 0).float().mean().item()
+            if since is not None:
+                before = since[f"{name}.lora_D"] @ since[f"{name}.lora_C"]
+                row["flips"] = ((before > 0) != (layer.lora_D @ layer.lora_C > 0)).float().mean().item()
+        sigma = torch.linalg.svdvals(dW)
+        share = sigma.square() / sigma.square().sum().clamp(min=1e-30)
+        row["effective_rank"] = torch.special.entr(share).sum().exp().item()
+        row["above_1_percent"] = (sigma > 0.01 * sigma[0]).sum().item()
+        row["relative_norm"] = (dW.norm() / W0.float().norm()).item()
+        row["lost"] = ((W0 + dW).to(W0.dtype) == W0)[dW != 0].float().mean().nan_to_num(0).item()
+        report[name] = row
+    return report
