@@ -6,16 +6,14 @@ A folder is read from the first of these that it holds:
     vocab.txt                      WordPiece (BERT, MiniLM), by the class below
     tokenizer.json                 WordPiece, or byte-level BPE by tiktoken (GPT-2, RoBERTa, LLaMA-3, SmolLM2)
     vocab.json and merges.txt      byte-level BPE by tiktoken (GPT-2, RoBERTa, DeBERTa)
-    tokenizer.model or spm.model   LLaMA-3's ranks by tiktoken; LLaMA-1 and -2, DeBERTa-v2 and -v3 by sentencepiece
+    tokenizer.model or spm.model   LLaMA-1 and -2, DeBERTa-v2 and -v3 by sentencepiece
 
 Ids are those of the field's `tokenizers` on ordinary text. They may differ for characters that are younger than one of
 the two Unicode tables, and for rare tokens that the merges alone do not reach. One difference is on purpose: text that
 spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone. A folder
 with a setting that would give other ids, and that is not read here, is refused by the setting's name.
 """
-import base64
 import json
-import re
 import string
 import unicodedata
 from functools import lru_cache
@@ -121,9 +119,6 @@ def read_vocabulary(folder, spec, settings):
         return byte_level_bpe(vocab, merges, GPT2_PATTERN, prefix, folder / "vocab.json")
     for path in (folder / "tokenizer.model", folder / "spm.model"):
         if path.is_file():
-            # LLaMA-3's is text: lines of a token in base64 and its rank
-            if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", path.read_bytes()[:1000]):
-                return llama3_bpe(path)
             require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
             return SentencePiece(path)
     if model:
@@ -182,9 +177,6 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # SmolLM2 cuts out every digit and applies GPT-2's pattern to what lies between. As one pattern: digits stand alone,
 # without the space before them; spaces before a digit stay together, where \s+(?!\S) would leave one over.
 DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class BPE:
@@ -246,15 +238,6 @@ def byte_level_steps(spec, where):
         if "Regex" in first[0]["pattern"]:
             return first[0]["pattern"]["Regex"], prefix
     raise ValueError(f"{where}: this normalizer and pre_tokenizer are not supported: {' + '.join(types)}")
-
-
-def llama3_bpe(path):
-    """Meta's tokenizer.model. A token's rank is its id. Control tokens follow, which the file does not name."""
-    lines = [line.split() for line in path.read_bytes().splitlines() if line]
-    if len(lines) != 128_000:
-        raise ValueError(f"{path} holds {len(lines):,} tokens; LLaMA-3's holds 128,000")
-    pieces = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return BPE(pieces, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}, LLAMA3_PATTERN)
 
 
 class SentencePiece:

@@ -1,56 +1,84 @@
-"""Tasks and batches: each bad line is named, splits do not move, rows fit and hold what they should."""
+"""Tasks and batches: each bad line is named, splits do not move, rows hold the text's own tokens and fit."""
 import gzip
 import json
+import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import tasks
-from data.batches import collate, collate_left, encode_examples, epoch_batches, shorten
+from data import instruct
+from data.batches import Row, collate, collate_left, encode_examples, epoch_batches, shorten
 from data.download import cache_dir
-from data.jsonl import write_jsonl
-from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task
+from data.jsonl import read_jsonl, write_jsonl
+from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task, text_key
+from data.tokenizer import Tokenizer
 
 GOOD, BAD = {"text_a": "a film", "label": 1}, {"text_a": "a bore", "label": 0}
 CHOICE = {"prompt": "Q:", "choices": [" a", " b", " c"], "label": 2}
 
 
 def write_task(folder, train=(GOOD, BAD), validation=(GOOD,)):
-    """A task's folder, of examples or of raw bytes."""
+    """A task's folder, of examples or of raw bytes; without validation.jsonl for None."""
+    folder.mkdir(exist_ok=True)
     for name, content in (("train", train), ("validation", validation)):
         if isinstance(content, bytes):
             (folder / f"{name}.jsonl").write_bytes(content)
-        else:
+        elif content is not None:
             write_jsonl(folder / f"{name}.jsonl", content)
     return folder
+
+
+def labelled(*labels):
+    return [{"text_a": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
 
 # Folders of one's own
 
 
 def test_a_folder_is_a_task(tmp_path):
-    (tmp_path / "mine").mkdir()
-    task = load_task(str(write_task(tmp_path / "mine", [GOOD, BAD], [{"text_a": "x", "text_b": "y", "label": 1}])))
-    assert (task.name, task.kind, task.n_classes, task.metric) == ("mine", "classification", 2, "accuracy")
+    folder = write_task(tmp_path / "mine", [GOOD, BAD], [{"text_a": "x", "text_b": "y", "label": 1}])
+    task = load_task(str(folder))
+    assert (task.name, task.kind, task.classes, task.metric) == ("mine", "classification", [0, 1], "accuracy")
     assert task.train == [GOOD, BAD] and task.validation[0]["text_b"] == "y"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_task(tmp_path / "mine")
+    assert load_task("~/mine").name == "mine"
+    with pytest.raises(ValueError, match=str(tmp_path / "glue").replace("\\", ".")):
+        load_task("rte", "~/glue")
+
+
+@pytest.mark.parametrize("labels, classes", [
+    (["pos", "neg", "pos", "neutral"], ["neg", "neutral", "pos"]), ([3, 1, 3], [1, 3]), ([1, -1, 0], [-1, 0, 1]),
+    ([0, 10 ** 12], [0, 10 ** 12]), (["10", "9", "-1"], ["-1", "9", "10"]), (["10", "9", "x"], ["10", "9", "x"])])
+def test_classes_are_the_distinct_labels_in_order(labels, classes, tmp_path):
+    task = load_task(write_task(tmp_path, labelled(*labels), labelled(labels[0])))
+    assert task.classes == classes and task.n_outputs == len(classes)
+    assert [task.classes[example["label"]] for example in task.train] == labels
+    assert task.classes[task.validation[0]["label"]] == labels[0]
+
+
+def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
+    task = load_task(write_task(tmp_path, labelled(5, 2.0), labelled(-1)))
+    assert (task.kind, task.classes, task.n_outputs, task.metric) == ("regression", [], 1, "pearson")
+    assert [type(example["label"]) for example in task.train + task.validation] == [float] * 3
 
 
 def test_choices_make_a_task_multiple_choice(tmp_path):
     task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}], [CHOICE]))
-    assert (task.kind, task.n_classes, task.metric) == ("multiple_choice", 3, "accuracy")
+    assert (task.kind, task.classes, task.n_outputs, task.metric) == ("multiple_choice", [], 1, "accuracy")
 
 
-def test_records_of_the_instruct_protocols_need_no_choices(tmp_path):
+def test_records_of_the_instruct_protocol_need_no_choices(tmp_path):
     record = {"instruction": "i", "output": "o", "answer": "a"}
     task = load_task(write_task(tmp_path, [record], [record]))
     assert task.kind == "multiple_choice" and task.train == [record]
-
-
-def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
-    task = load_task(write_task(tmp_path, [{**GOOD, "label": 5}, {**GOOD, "label": 2.0}], [{**GOOD, "label": -1}]))
-    assert (task.n_classes, task.metric) == (1, "pearson")
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -63,41 +91,62 @@ LINE = json.dumps(GOOD).encode() + b"\n"
 BAD_LINES = [
     (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", r"line 2: \[1\] is no object"),
+    (b'"text"', "line 1: \"text\" is no object"),
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
-    (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": "1"}', '"label" should be a number'),
-    (b'{"text_a": "x", "label": NaN}', "number, and is NaN"),
-    (LINE + b'{"text_a": "x", "label": -1}', "line 2: label -1"),
-    (LINE * 3, "every training label is 1"), (b'{"prompt": "x", "label": 0}', '"choices" should be a list'),
+    (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": true}', "text or a number.*and is true"),
+    (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is " "'),
+    (b'{"text_a": "x", "label": 1' + b"0" * 400 + b"}", "a number below 1e[+]38, and is 1000"),
+    (LINE + b'{"text_a": "x", "label": "1"}', "line 2: labels that are text among labels that are numbers"),
+    (b'{"text_a": "x", "label": "2.5"}\n{"text_a": "y", "label": "3"}', 'line 1: label "2.5" is text: for regression'),
+    (LINE * 3, "line 1 and all others have label 1"), (b'{"prompt": "x", "label": 0}', '"choices" should be a list'),
     (b'{"prompt": "x", "choices": ["a"], "label": 0}', "at least two"),
+    (LINE + b'{"prompt": "x", "choices": [" a", ""], "label": 0}', 'line 2: choice 1 is empty: ""'),
+    (b'{"prompt": "x", "choices": [" \\n", "a"], "label": 0}', "line 1: choice 0 is empty"),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 1.0}', "label 1.0 is out of range"),
-    (LINE + b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "line 2: multiple_choice among classification"),
+    (LINE + b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "line 2: choices among labels that are numbers"),
     (b'{"instruction": "x", "output": "y"}', '"answer" is missing'),
+    (b'{"instruction": "x", "output": "", "answer": "y"}', '"output" is empty'),
 ]
 
 
 @pytest.mark.parametrize("content, words", BAD_LINES)
 def test_each_bad_line_is_named_with_file_and_number(content, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
-        load_task(write_task(tmp_path, content))
+        load_task(write_task(tmp_path, content, None))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
-    with pytest.raises(ValueError, match="validation.jsonl, line 2: label 2 is not one of the training classes 0, 1"):
+    with pytest.raises(ValueError, match="validation.jsonl, line 2: label 2 is none of the 2 classes .*: 0, 1"):
         load_task(write_task(tmp_path, validation=[GOOD, {**GOOD, "label": 2}]))
 
 
-def test_a_folder_without_validation_data_is_named(tmp_path):
-    write_task(tmp_path)
-    (tmp_path / "validation.jsonl").unlink()
-    with pytest.raises(ValueError, match="has no validation.jsonl"):
-        load_task(tmp_path)
+@pytest.mark.parametrize("name, files", [
+    ("train.csv", {"train.csv": "text,label\n"}), ("", {"data.tsv": "text\tlabel\n"}),
+    ("", {"train.jsonl": LINE.decode(), "validation.csv": "text,label\n"})])
+def test_a_table_is_called_one_and_the_line_that_turns_it_into_jsonl_works(name, files, tmp_path, monkeypatch, capsys):
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match="is a table, and should be JSONL: python -c") as error:
+        load_task(tmp_path / name)
+    assert "\n" not in str(error.value)
+    table = next(tmp_path.glob("*.[ct]sv"))
+    separator = "\t" if table.suffix == ".tsv" else ","
+    table.write_text(f'text{separator}label\n"a ""b"", é"{separator}pos\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).split('"')[1].replace("TEXT", "text").replace("LABEL", "label"))
+    assert json.loads(capsys.readouterr().out) == {"text_a": 'a "b", é', "label": "pos"}
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, quartz, boolq.*cola.*or a folder"):
+    with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, boolq.*cola.*or a folder with train.jsonl"):
         load_task("sarcasmo")
+
+
+def test_a_folder_without_training_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no train.jsonl"):
+        load_task(tmp_path)
 
 
 def test_data_dir_is_refused_where_it_does_nothing():
@@ -109,6 +158,60 @@ def test_another_metric_is_taken_where_the_task_has_it(tmp_path):
     assert load_task(write_task(tmp_path), metric="f1").metric == "f1"
     with pytest.raises(ValueError, match="--metric=pearson: .* has accuracy, matthews, f1"):
         load_task(tmp_path, metric="pearson")
+
+
+def test_examples_to_predict_from_need_no_label(tmp_path):
+    lines = ['"a text"', '{"text_a": "x", "text_b": "y", "label": null}', '{"prompt": "p", "choices": ["a", "b"]}',
+             '{"instruction": "i"}']
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    assert [example for _, example in read_jsonl(tmp_path / "texts.jsonl", labelled=False)] == [
+        {"text_a": "a text"}, {"text_a": "x", "text_b": "y"}, {"prompt": "p", "choices": ["a", "b"]},
+        {"instruction": "i"}]
+
+
+# Held-out data
+
+
+def make_task(train):
+    return Task("t", "classification", ["a", "b"], "accuracy", list(train), [])
+
+
+def test_a_tenth_is_held_out_always_the_same():
+    task = make_task({"text_a": str(i), "label": 0} for i in range(100))
+    held = hold_out(task)
+    texts = sorted(example["text_a"] for example in held.train + held.validation)
+    assert len(held.validation) == 10 and texts == sorted(str(i) for i in range(100))
+    assert held == hold_out(task)
+
+
+def test_texts_that_differ_in_case_or_spaces_are_held_out_together():
+    task = make_task({"text_a": f"Text  {i % 30}" if i < 30 else f"text {i % 30}", "label": 0} for i in range(90))
+    held = hold_out(task)
+    train, validation = ({text_key(example) for example in part} for part in (held.train, held.validation))
+    assert len(held.validation) == 9 and not train & validation
+
+
+def test_without_validation_data_a_part_is_held_out_and_said(tmp_path):
+    task = load_task(write_task(tmp_path, labelled(*["a", "b"] * 15), None))
+    assert (len(task.train), len(task.validation)) == (27, 3)
+    assert task.note == "There is no validation.jsonl, so 3 training examples are held out."
+
+
+def test_tuning_data_are_held_out_beside_the_validation_data(tmp_path):
+    folder = write_task(tmp_path, labelled(*["a", "b"] * 15), None)
+    validation, tuning = load_task(folder).validation, load_task(folder, held_out=True).validation
+    assert len(tuning) == 2 and not {text_key(example) for example in validation} & {text_key(e) for e in tuning}
+
+
+@pytest.mark.parametrize("train", [[CHOICE], [CHOICE] * 5])
+def test_where_nothing_can_be_held_out_one_line_says_so(train, tmp_path):
+    with pytest.raises(ValueError, match="no training example can be held out"):
+        load_task(write_task(tmp_path, train, None))
+
+
+def test_the_first_n_of_each_set_are_kept():
+    examples = [{"set": name, "label": i} for i in range(3) for name in "ab"]
+    assert first_of_each(examples, 2) == examples[:4] and first_of_each(examples, None) == examples
 
 
 # The published tasks, from tiny wheels
@@ -156,15 +259,9 @@ def test_copies_are_dropped_and_the_official_splits_kept(cache):
 
 def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
     task = load_task("sarcasm")
-    train, validation = ({task.key(example) for example in part} for part in (task.train, task.validation))
-    assert len(task.train) + len(task.validation) == 400
+    train, validation = ({text_key(example) for example in part} for part in (task.train, task.validation))
+    assert len(task.train) + len(task.validation) == 400 and task.classes == ["not sarcastic", "sarcastic"]
     assert not train & validation and 0.03 < len(validation) / 200 < 0.2
-
-
-def test_quartz_questions_are_taken_apart():
-    text = "Jim heats it. It becomes\n\n A: larger\n B: smaller "
-    assert tasks.quartz({"input": [{"content": "..."}, {"content": text}], "ideal": "B"}) == {
-        "prompt": "Question: Jim heats it. It becomes\nAnswer:", "choices": [" larger", " smaller"], "label": 1}
 
 
 def test_the_mix_is_scored_on_the_published_split_of_each_set(cache):
@@ -199,65 +296,115 @@ def test_published_tasks_have_their_official_counts(name):
     assert (len(task.train), len(task.validation)) == SIZES[name]
 
 
-# Before training
-
-
-def make_task(train, validation=(), kind="classification", **fields):
-    return Task("t", kind, 2, "accuracy", list(train), list(validation), **fields)
-
-
-def test_a_tenth_is_held_out_always_the_same():
-    task = make_task({"text_a": str(i), "label": 0} for i in range(100))
-    held = hold_out(task)
-    texts = sorted(example["text_a"] for example in held.train + held.validation)
-    assert len(held.validation) == 10 and texts == sorted(str(i) for i in range(100))
-    assert held == hold_out(task)
-
-
-def test_near_duplicates_are_held_out_together():
-    task = make_task(({"text_a": str(i % 30), "label": 0} for i in range(90)), key=tasks.headline_key)
-    held = hold_out(task)
-    train, validation = ({example["text_a"] for example in part} for part in (held.train, held.validation))
-    assert len(held.validation) == 9 and not train & validation
-
-
-def test_the_first_n_of_each_set_are_kept():
-    examples = [{"set": name, "label": i} for i in range(3) for name in "ab"]
-    assert first_of_each(examples, 2) == examples[:4] and first_of_each(examples, None) == examples
-
-
-# Batches
+# Rows
 
 
 def make_tokenizer(**fields):
-    """Ids are the letters' places in the alphabet from 10 on; a space is 9."""
-    return SimpleNamespace(**{"encode": lambda text: [ord(c) - 87 if c != " " else 9 for c in text.lower()], "cls": 1,
-                              "sep": 2, "bos": 3, "eos": 4, "double_sep": False, "add_bos": False, **fields})
+    """Ids are the letters' places in the alphabet from 10 on, a space is 9, and as in byte-level BPE a space and a
+    letter behind it are one token, 100 more than the letter's."""
+    def encode(text):
+        ids = []
+        for c in text.lower():
+            if ids and ids[-1] == 9 and c.isalpha():
+                ids[-1] = ord(c) + 13
+            else:
+                ids.append(9 if c.isspace() else ord(c) - 87)
+        return ids
+    return SimpleNamespace(**{"encode": encode, "cls": 1, "sep": 2, "bos": 3, "eos": 4, "double_sep": False,
+                              "add_bos": False, **fields})
 
 
-def rows_of(example, is_gpt, max_length=20, kind="classification", **fields):
-    (encoded,) = encode_examples(make_task([], kind=kind), [example], make_tokenizer(**fields), is_gpt, max_length)
-    return encoded.rows
+def encode_one(example, is_gpt, max_length=20, protocol="likelihood", **fields):
+    (encoded,) = encode_examples([{"label": 0, **example}], make_tokenizer(**fields), is_gpt, max_length, protocol)
+    return encoded
 
 
 def test_an_encoder_reads_a_pair_between_separators():
-    pair = {"text_a": "ab", "text_b": "c", "label": 0}
-    assert rows_of(pair, is_gpt=False) == [([1, 10, 11, 2, 12, 2], 4)]
-    assert rows_of(pair, is_gpt=False, double_sep=True) == [([1, 10, 11, 2, 2, 12, 2], 5)]
+    pair = {"text_a": "ab", "text_b": "c"}
+    assert encode_one(pair, is_gpt=False).rows == [([1, 10, 11, 2, 12, 2], 4)]
+    assert encode_one(pair, is_gpt=False, double_sep=True).rows == [([1, 10, 11, 2, 2, 12, 2], 5)]
 
 
 def test_a_gpt_reads_prompt_and_choice_and_knows_where_the_choice_begins():
-    example = {"prompt": "ab", "choices": [" c", " de"], "label": 0}
-    rows = rows_of(example, is_gpt=True, kind="multiple_choice", add_bos=True)
-    assert rows == [([3, 10, 11, 9, 12], 3), ([3, 10, 11, 9, 13, 14], 3)]
+    rows = encode_one({"prompt": "ab", "choices": [" c", " de"]}, is_gpt=True, add_bos=True).rows
+    assert rows == [([3, 10, 11, 112], 3), ([3, 10, 11, 113, 14], 3)]
+    assert rows[0].start == 3 and rows[0].ids[3:] == [112]
+
+
+@pytest.mark.parametrize("prompt, choices", [("ab", [" c", " d"]), ("ab ", ["c", "d"]), ("ab", ["c", "\nd"]),
+                                             ("ab  ", [" c", "d"]), ("", ["c", " d"]), (" ", ["c", "d"])])
+def test_a_choice_has_the_tokens_of_the_whole_text(prompt, choices):
+    tokenizer = make_tokenizer()
+    example = encode_one({"prompt": prompt, "choices": choices}, is_gpt=True)
+    for choice, (ids, start) in zip(choices, example.rows):
+        whole = tokenizer.encode(prompt + choice)
+        assert ids[-len(whole):] == whole and 0 < start < len(ids)
+
+
+def test_the_white_space_at_a_prompts_end_belongs_to_the_choice():
+    choice_last, space_last = (encode_one({"prompt": prompt, "choices": choices}, is_gpt=True)
+                               for prompt, choices in (("ab", [" c", " d"]), ("ab ", ["c", "d"])))
+    assert choice_last.rows == space_last.rows
+
+
+def test_the_choices_of_a_question_are_cut_at_one_place():
+    """The second choice changes the prompt's last token, so that token counts in both."""
+    def encode(text):
+        return [ord(c) for c in text.replace("(:", "%")]
+    (example,) = encode_examples([{"prompt": "a (", "choices": ["b", ": b"], "label": 0}],
+                                 make_tokenizer(encode=encode), True, 20)
+    assert [("".join(map(chr, ids[:start])), "".join(map(chr, ids[start:]))) for ids, start in example.rows] == [
+        ("a ", "(b"), ("a ", "% b")]
+
+
+def test_a_gpts_pair_has_the_tokens_of_the_whole_text():
+    """SentencePiece puts a space before each text that it encodes: here the id 99."""
+    tokenizer = make_tokenizer()
+    (row,) = encode_one({"text_a": "ab ", "text_b": "c"}, True, encode=lambda text: [99] + tokenizer.encode(text)).rows
+    assert row.ids == [99] + tokenizer.encode("ab \nc") and row.start == len(row.ids)
+
+
+VOCAB = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "vocab"
+
+
+@pytest.mark.skipif(not VOCAB.is_dir(), reason="no shared/data/vocab")
+def test_llama_2_reads_a_choice_as_sentencepiece_does_in_the_whole_text():
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(VOCAB / "llama2" / "tokenizer.model"))
+    example = {"prompt": "Is the sky blue?\nAnswer:", "choices": [" yes", " no, it is not"], "label": 0}
+    (encoded,) = encode_examples([example], Tokenizer(VOCAB / "llama2"), True, 64)
+    begin = len(model.encode(example["prompt"])) + 1
+    assert encoded.rows == [([1] + model.encode(example["prompt"] + choice), begin) for choice in example["choices"]]
+
+
+def test_under_instruct_the_response_and_an_end_are_learnt_from_where_the_prompt_stops():
+    example = encode_one({"instruction": "do it", "output": "yes", "answer": "yes"}, True, 1000, "instruct")
+    (ids, start), = example.rows
+    whole = make_tokenizer().encode(instruct.prompt("do it") + "yes")
+    assert ids == whole + [4] and list(example.prompt) == ids[:start] and example.answer == "yes"
+    assert ids[start:-1] == make_tokenizer().encode("\n" + " " * 16 + "yes")
+
+
+def test_the_prompt_to_generate_from_does_not_know_the_response():
+    records = [{"instruction": "i", "output": output, "answer": "a"} for output in ("a", "\nb", "\u00a0")]
+    assert len({encode_one(record, True, 1000, "instruct").prompt for record in [*records, {"instruction": "i"}]}) == 1
 
 
 @pytest.mark.parametrize("is_gpt", [True, False])
 def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
-    example = {"prompt": "abcdefghij", "choices": [" k", " " + "l" * 30], "label": 0}
-    (first, begin), (second, _) = rows_of(example, is_gpt, 10, "multiple_choice")
+    example = encode_one({"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, is_gpt, 10)
+    (first, begin), (second, _) = example.rows
     assert len(first) == len(second) == 10
     assert 19 in first[:begin] and 10 not in first
+
+
+@pytest.mark.parametrize("example", [{"text_a": "abcdefghi"}, {"text_a": "abcd", "text_b": "efghi"},
+                                     {"prompt": "abcdefghi", "choices": ["j", "k"]}])
+@pytest.mark.parametrize("is_gpt", [True, False])
+def test_an_example_knows_whether_it_was_cut(example, is_gpt):
+    assert not encode_one(example, is_gpt, 20).cut
+    short = encode_one(example, is_gpt, 8, add_bos=True)
+    assert short.cut and all(len(row.ids) == 8 for row in short.rows)
 
 
 def test_the_longer_text_is_shortened_first():
@@ -265,25 +412,28 @@ def test_the_longer_text_is_shortened_first():
     assert shorten([1, 2, 3], [4] * 9, 4, keep_end=True) == ([2, 3], [4, 4])
 
 
-@pytest.mark.parametrize("protocol", ["instruct", "llm_adapters"])
-def test_under_an_instruct_protocol_the_response_and_an_end_are_learnt(protocol):
-    example = {"instruction": "do it", "output": "yes", "answer": "yes"}
-    task = make_task([], kind="multiple_choice")
-    (encoded,) = encode_examples(task, [example], make_tokenizer(), True, 1000, protocol)
-    (ids, boundary), = encoded.rows
-    assert ids[boundary:] == [34, 14, 28, 4] and encoded.answer == "yes"
-    assert (list(encoded.prompt) == ids[:boundary]) == (protocol == "instruct")
+@pytest.mark.parametrize("is_gpt", [True, False])
+def test_an_answer_without_tokens_is_refused(is_gpt):
+    without_c = {"encode": lambda text: [ord(c) for c in text if c != "c"]}
+    with pytest.raises(ValueError, match="the choice 'c' has no tokens, after the prompt 'ab'"):
+        encode_one({"prompt": "ab", "choices": ["d", "c"]}, is_gpt, **without_c)
+    with pytest.raises(ValueError, match="--max_length=1 leaves no room"):
+        encode_one(CHOICE, is_gpt, 1)
 
 
-@pytest.mark.parametrize("example, protocol", [(CHOICE, "instruct"), ({"instruction": "i"}, "likelihood")])
-def test_an_example_that_lacks_what_the_protocol_needs_is_named(example, protocol):
-    with pytest.raises(ValueError, match="t has examples without"):
-        encode_examples(make_task([], kind="multiple_choice"), [example], make_tokenizer(), True, 20, protocol)
+@pytest.mark.parametrize("example, protocol, words", [
+    (CHOICE, "instruct", '"instruction"'), ({"instruction": "i"}, "likelihood", 'no "choices"')])
+def test_an_example_that_lacks_what_the_protocol_needs_is_refused(example, protocol, words):
+    with pytest.raises(ValueError, match=words):
+        encode_one(example, True, 20, protocol)
+
+
+# Batches
 
 
 def encoded_texts(n):
     texts = [{"text_a": "x" * (1 + i * 7 % 20), "label": 0} for i in range(n)]
-    return encode_examples(make_task([]), texts, make_tokenizer(), False, 64)
+    return encode_examples(texts, make_tokenizer(), False, 64)
 
 
 def test_an_epoch_takes_each_example_once_in_an_order_of_its_own():
@@ -294,18 +444,18 @@ def test_an_epoch_takes_each_example_once_in_an_order_of_its_own():
 
 def test_a_batch_holds_texts_of_similar_length():
     examples = encoded_texts(200)
-    lengths = [[len(examples[i].rows[0][0]) for i in batch] for batch in epoch_batches(examples, 10, 0, 0)]
+    lengths = [[len(examples[i].rows[0].ids) for i in batch] for batch in epoch_batches(examples, 10, 0, 0)]
     assert all(max(batch) - min(batch) <= 2 for batch in lengths)
 
 
 def test_collate_pads_on_the_right_and_marks_the_second_text():
-    idx, mask, types = collate([([5, 6, 7], 1), ([8], 1)], 0, "cpu")
-    assert idx.tolist() == [[5, 6, 7], [8, 0, 0]] and types.tolist() == [[0, 1, 1], [0, 0, 0]]
+    idx, mask, second = collate([Row([5, 6, 7], 1), Row([8], 1)], 0, "cpu")
+    assert idx.tolist() == [[5, 6, 7], [8, 0, 0]] and second.tolist() == [[0, 1, 1], [0, 0, 0]]
     assert mask.tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_without_padding_there_is_no_mask():
-    assert collate([([5, 6], 1), ([7, 8], 1)], 0, "cpu")[1] is None
+    assert collate([Row([5, 6], 1), Row([7, 8], 1)], 0, "cpu")[1] is None
 
 
 def test_prompts_are_padded_on_the_left():

@@ -1,5 +1,4 @@
 """The tokenizers equal the field's own on ordinary text, and read the folder's own files or say what is wrong."""
-import base64
 import json
 import os
 import sys
@@ -7,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import LLAMA3_PATTERN, Tokenizer, byte_alphabet
+from data.tokenizer import Tokenizer, byte_alphabet
 
 SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
 TEXTS = ["", " ", "a", " leading", "trailing ", "two  spaces", "a\n\n b\tc\r\n", "It's 1999, isn't it?",
@@ -26,6 +25,7 @@ def reference(spec):
 
 
 def assert_equal(folder, encode, round_trip=True):
+    """Our ids are those of `encode`, and for GPTs the text comes back."""
     ours = Tokenizer(folder)
     for text in TEXTS:
         assert ours.encode(text) == encode(text), repr(text)
@@ -76,17 +76,6 @@ def test_bert(lowercase, tmp_path):
 
 
 @published
-def test_llama3():
-    import tiktoken
-    path = SHARED / "vocab" / "llama3" / "tokenizer.model"
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-    theirs = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    assert_equal(path.parent, theirs.encode_ordinary)
-    ours = Tokenizer(path.parent)
-    assert (ours.bos, ours.eos, ours.add_bos) == (128000, 128001, True)
-
-
-@published
 @pytest.mark.parametrize("name, specials", [("llama2", (1, 2, None, True)), ("deberta_v3", (None, None, 0, False))])
 def test_sentencepiece_models(name, specials):
     sentencepiece = pytest.importorskip("sentencepiece")
@@ -101,6 +90,8 @@ def test_sentencepiece_models(name, specials):
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLIT = {"type": "Sequence", "pretokenizers": [
     {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
     {**BYTE_LEVEL, "use_regex": False}]}
@@ -150,11 +141,43 @@ def test_bos_is_added_only_where_the_folder_says_so(post_processor, config, expe
     assert Tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config)).add_bos is expected
 
 
+PIECES = ["[PAD]", "[UNK]", "lamp", "lam", "##p", "##s", "!", "你", "[CLS]", "[SEP]", "É", "##t", "##é", "Lamp", "e", "##你"]
+
+
 def test_wordpiece_takes_the_longest_piece_and_spells_no_unknown_word(tmp_path):
-    ours = Tokenizer(write(tmp_path, vocab_txt="[PAD]\n[UNK]\nlamp\nlam\n##p\n##s\n!\n你\n"))
+    ours = Tokenizer(write(tmp_path, vocab_txt="\n".join(PIECES)))
     assert ours.encode("Lamps! lamp你") == [2, 5, 6, 2, 7]
     assert ours.encode("lampx") == [1]
-    assert ours.decode([2, 5, 6]) == "lamps !"
+
+
+def wordpiece_spec(**normalizer):
+    """tokenizer.json as transformers 5 saves BERT's, beside which there is no vocab.txt."""
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+                  "lowercase": True, **normalizer}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 100, "vocab": {piece: i for i, piece in enumerate(PIECES)}}
+    return {"model": model, "normalizer": normalizer, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+
+
+NORMALIZERS = [{}, {"lowercase": False}, {"handle_chinese_chars": False}, {"strip_accents": False},
+               {"lowercase": False, "strip_accents": True}]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_wordpiece_is_read_from_tokenizer_json_with_its_settings(normalizer, tmp_path):
+    spec = wordpiece_spec(**normalizer)
+    ours, theirs = Tokenizer(write(tmp_path, tokenizer_json=spec)), reference(spec)
+    for text in [*TEXTS, "Lamps lamp你 Été été! e\u0301"]:
+        assert ours.encode(text) == theirs(text), text
+    assert (ours.pad, ours.cls, ours.sep) == (0, 8, 9)
+
+
+@pytest.mark.parametrize("settings, text, ids", [
+    ({"do_lower_case": False}, "Lamp", [13]), ({"strip_accents": False}, "é", [1]), ({}, "é", [14]),
+    ({"tokenize_chinese_chars": False}, "lamp你", [2, 15]), ({}, "lamp你", [2, 7])])
+def test_wordpieces_settings_are_read_from_tokenizer_config(settings, text, ids, tmp_path):
+    folder = write(tmp_path, vocab_txt="\n".join(PIECES), tokenizer_config_json=settings)
+    assert Tokenizer(folder).encode(text) == ids
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spm.model"])
@@ -165,6 +188,31 @@ def test_without_sentencepiece_the_way_out_is_told(name, tmp_path, monkeypatch):
         Tokenizer(tmp_path)
 
 
+VOCAB_TXT = "\n".join(PIECES)
+MECAB = {"tokenizer_class": "BertJapaneseTokenizer"}
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"vocab_txt": VOCAB_TXT, "config_json": MECAB}, "BertJapaneseTokenizer cuts text into words by a dictionary"),
+    ({"vocab_txt": VOCAB_TXT, "tokenizer_config_json": {"word_tokenizer_type": "mecab"}}, 'word_tokenizer_type = "mecab"'),
+    ({"vocab_txt": VOCAB_TXT, "tokenizer_config_json": {"do_basic_tokenize": False}}, "do_basic_tokenize = false"),
+    ({"vocab_txt": VOCAB_TXT, "added_tokens_json": {"covid": 16}}, "the added token 'covid' is not supported"),
+    ({"tokenizer_json": wordpiece_spec(type="Lowercase")}, 'normalizer = "Lowercase"'),
+    ({"tokenizer_json": wordpiece_spec(clean_text=False)}, "clean_text = false"),
+    ({"tokenizer_json": {**byte_spec(), "model": {**byte_spec()["model"], "dropout": 0.1}}}, "dropout = 0.1"),
+    ({"tokenizer_json": byte_spec(added_tokens=[{"id": 300, "content": "covid"}])}, "the added token 'covid'"),
+    ({"spm_model": "x", "tokenizer_config_json": {"do_lower_case": True}}, "do_lower_case = true"),
+    ({"tokenizer_model": "x", "tokenizer_config_json": {"add_prefix_space": False}}, "add_prefix_space = false"),
+])
+def test_a_setting_that_changes_the_ids_and_is_not_read_is_refused_by_name(files, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        Tokenizer(write(tmp_path, **files))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
+
+
 @pytest.mark.parametrize("files, words", [
     ({}, "has no vocabulary that can be read"),
     ({"tokenizer_json": "{"}, "tokenizer.json is not JSON"),
@@ -173,10 +221,36 @@ def test_without_sentencepiece_the_way_out_is_told(name, tmp_path, monkeypatch):
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
     ({"tokenizer_json": byte_spec({"type": "Whitespace"})}, "not supported: Whitespace"),
-    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put the vocab.txt"),
-    ({"tokenizer_model": "YQ== 0\n"}, "tokenizer.model holds 1 tokens; LLaMA-3's holds 128,000"),
+    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put spm.model beside it"),
+    ({"tokenizer_json": LLAMA_SPEC}, "BPE vocabulary.*put tokenizer.model beside it"),
 ])
 def test_a_folder_that_cannot_be_read_is_named(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         Tokenizer(write(tmp_path, **files))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# Vocabulary and weights
+
+
+@pytest.mark.parametrize("pad, n_rows, expected", [("[PAD]", 16, 0), ("[SEP]", 16, 9), ("<new>", 16, 0), ("<no>", 16, 0)])
+def test_a_padding_token_without_a_row_becomes_0(pad, n_rows, expected, tmp_path):
+    folder = write(tmp_path, vocab_txt=VOCAB_TXT, tokenizer_config_json={"pad_token": pad},
+                   added_tokens_json={"<new>": 16})
+    ours = Tokenizer(folder)
+    ours.check(n_rows, is_encoder=True)
+    assert ours.pad == expected
+
+
+@pytest.mark.parametrize("files, n_rows, is_encoder, words", [
+    ({"vocab_txt": VOCAB_TXT}, 15, True, "ids up to 15, and the model's embedding 15 rows"),
+    ({"vocab_txt": VOCAB_TXT, "added_tokens_json": {"<s>": 99}, "tokenizer_config_json": {"cls_token": "<s>"}}, 16, True,
+     "ids up to 99"),
+    ({"tokenizer_json": byte_spec()}, 300, True, r"no \[CLS\] and \[SEP\]"),
+    ({"vocab_txt": VOCAB_TXT}, 16, False, "no beginning or end of a text"),
+])
+def test_a_vocabulary_that_the_model_cannot_take_is_refused(files, n_rows, is_encoder, words, tmp_path):
+    ours = Tokenizer(write(tmp_path, **files))
+    with pytest.raises(ValueError, match=words) as error:
+        ours.check(n_rows, is_encoder)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
