@@ -18,7 +18,7 @@ SEED_STRIDE = 1_000_003  # no run counts so far, so seed * SEED_STRIDE + count i
 
 class Row(NamedTuple):
     ids: list
-    start: int   # where the second part begins: text_b, or the answer
+    start: int  # where the second part begins: text_b, or the answer
 
 
 @dataclass
@@ -43,10 +43,9 @@ def common_length(a, b):
 def encode_continued(encode, prompt, continuations):
     """(ids of the prompt, [ids of each continuation]), each text encoded whole and then cut.
 
-    subtle: encode(prompt) + encode(continuation) is not encode(prompt + continuation). A space at the seam belongs to
-    the word behind it, and SentencePiece puts a space before whatever it encodes. So the cut is where the prompt's own
-    tokens end in the whole, without the white space at its end. All continuations are cut at one place: if one of them
-    changes the prompt's last token, that token counts in each.
+    subtle: a space at the seam is one token with the word behind it, and SentencePiece puts a space before whatever it
+    encodes. So the cut is where the prompt's own tokens end in the whole, without the white space at its end. All
+    continuations are cut at one place: if one of them changes the prompt's last token, that token counts in each.
     """
     alone = encode(prompt.rstrip())
     wholes = [encode(prompt + continuation) for continuation in continuations]
@@ -92,19 +91,14 @@ def encode_examples(examples, tokenizer, is_gpt, max_length, protocol="likelihoo
     """List of Example; no row is longer than max_length. ValueError where an example lacks what the protocol needs."""
     if max_length < SHORTEST:
         raise ValueError(f"--max_length={max_length} leaves no room for a text: it should be at least {SHORTEST}")
+    if protocol == "instruct":
+        return [instruct_example(example, tokenizer, max_length, train_on_prompt) for example in examples]
     encode = lru_cache(maxsize=10_000)(tokenizer.encode)  # MNLI's and QNLI's examples share their first texts
-    encoded = []
-    for example in examples:
-        if protocol == "instruct":
-            encoded.append(instruct_example(example, tokenizer, max_length, train_on_prompt))
-        elif "text_a" in example:
-            encoded.append(classification_example(example, tokenizer, encode, is_gpt, max_length))
-        else:
-            encoded.append(choice_example(example, tokenizer, encode, is_gpt, max_length))
-    return encoded
+    return [(text_example if "text_a" in example else choice_example)(example, tokenizer, encode, is_gpt, max_length)
+            for example in examples]
 
 
-def classification_example(example, tokenizer, encode, is_gpt, max_length):
+def text_example(example, tokenizer, encode, is_gpt, max_length):
     a, b = example["text_a"], example.get("text_b")
     if not is_gpt:
         row, cut = encoder_row(tokenizer, encode(a), None if b is None else encode(b), max_length)
@@ -123,31 +117,30 @@ def choice_example(example, tokenizer, encode, is_gpt, max_length):
         raise ValueError('an example has no "choices", which --protocol=likelihood needs')
     prompt, choices = example["prompt"], example["choices"]
     if is_gpt:
-        start, ends = encode_continued(tokenizer.encode, prompt, choices)
-        made = [gpt_row(tokenizer, start, end, max_length) for end in ends]
+        prompt_ids, ends = encode_continued(tokenizer.encode, prompt, choices)
+        rows, cuts = zip(*(gpt_row(tokenizer, prompt_ids, end, max_length) for end in ends))
     else:
-        start, ends = encode(prompt), [encode(choice) for choice in choices]
-        made = [encoder_row(tokenizer, start, end, max_length, keep_end=True) for end in ends]
+        ends = [encode(choice) for choice in choices]
+        rows, cuts = zip(*(encoder_row(tokenizer, encode(prompt), end, max_length, keep_end=True) for end in ends))
     for choice, end in zip(choices, ends):
-        if not choice.strip() or not end:  # it would have probability 1
+        if not choice.strip() or not end:  # nothing to score: it would have probability 1
             raise ValueError(f"the choice {choice!r} has no tokens, after the prompt {prompt[-60:]!r}")
     n_bytes = tuple(len(choice.strip().encode()) for choice in choices)
-    return Example([row for row, _ in made], example.get("label"), n_bytes, set=example.get("set", ""),
-                   cut=any(cut for _, cut in made))
+    return Example(list(rows), example.get("label"), n_bytes, set=example.get("set", ""), cut=any(cuts))
 
 
 def instruct_example(example, tokenizer, max_length, train_on_prompt):
     """What is trained on, prompt and response; and the prompt to generate from, which does not know the response."""
     if "instruction" not in example:
         raise ValueError('--protocol=instruct needs examples with "instruction", "output" and "answer"')
-    template = instruct.prompt(example["instruction"])
-    asked, _ = encode_continued(tokenizer.encode, template, [""])
-    asked, cut = gpt_row(tokenizer, asked, [], max_length)
+    prompt = instruct.prompt(example["instruction"])
+    ids, _ = encode_continued(tokenizer.encode, prompt, [""])
+    asked, cut = gpt_row(tokenizer, ids, [], max_length)
     row = asked
     if "output" in example:
-        prompt, (response,) = encode_continued(tokenizer.encode, template, [example["output"]])
-        end = [tokenizer.eos] if tokenizer.eos is not None else []
-        row, cut = gpt_row(tokenizer, prompt, response + end, max_length)
+        ids, (response,) = encode_continued(tokenizer.encode, prompt, [example["output"]])
+        end = [] if tokenizer.eos is None else [tokenizer.eos]
+        row, cut = gpt_row(tokenizer, ids, response + end, max_length)
     return Example([Row(row.ids, 1) if train_on_prompt else row], 0, prompt=tuple(asked.ids),
                    answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
 

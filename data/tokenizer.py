@@ -32,13 +32,13 @@ SPECIAL = {
 }
 
 # Settings that change the ids, with the only values of them that are supported.
-SETTINGS = {"word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpiece",), "do_basic_tokenize": (True,),
-            "never_split": ([],), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
+CONFIG = {"word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpiece",), "do_basic_tokenize": (True,),
+          "never_split": ([],), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
+SENTENCEPIECE = {"do_lower_case": (False,), "add_prefix_space": (True,)}
+BYTE_LEVEL = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
+              "byte_fallback": (False,)}
 WORDPIECE = {"unk_token": ("[UNK]",), "continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,),
              "clean_text": (True,), "normalizer": ("BertNormalizer",), "pre_tokenizer": ("BertPreTokenizer",)}
-BPE_MODEL = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
-             "byte_fallback": (False,)}
-SENTENCEPIECE = {"do_lower_case": (False,), "add_prefix_space": (True,)}
 
 
 class Tokenizer:
@@ -53,7 +53,7 @@ class Tokenizer:
         spec = json_if_there(folder / "tokenizer.json")
         settings = json_if_there(folder / "tokenizer_config.json")
         settings = {name: value for name, value in settings.items() if value is not None}
-        require(SETTINGS, settings, folder / "tokenizer_config.json")
+        require(CONFIG, settings, folder / "tokenizer_config.json")
         self.vocabulary = read_vocabulary(folder, spec, settings)
         ids = json_if_there(folder / "added_tokens.json")  # control tokens may be here alone
         added = [{**token, "id": int(i)} for i, token in settings.get("added_tokens_decoder", {}).items()]
@@ -109,7 +109,7 @@ def read_vocabulary(folder, spec, settings):
     if kind == "WordPiece":
         return WordPiece(model["vocab"], wordpiece_settings(spec, settings, where), where)
     if kind == "BPE" and "▁" not in model["vocab"]:  # else LLaMA-1 or -2, whose tokenizer.model is read below
-        require(BPE_MODEL, model, where)
+        require(BYTE_LEVEL, model, where)
         pattern, prefix = byte_level_steps(spec, where)
         return byte_level_bpe(model["vocab"], model["merges"], pattern, settings.get("add_prefix_space", prefix), where)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -123,8 +123,8 @@ def read_vocabulary(folder, spec, settings):
             return SentencePiece(path)
     if model:
         file = "spm.model" if kind == "Unigram" else "tokenizer.model"
-        raise ValueError(f"{where} holds a {kind} vocabulary, which is not read from there: put {file} beside it, a "
-                         f"file of the published model on the Hub")
+        raise ValueError(f"{where} holds a {kind} vocabulary, which is not read from there: put the published model's "
+                         f"{file} beside it, from the Hub")
     raise ValueError(f"{folder} has no vocabulary that can be read: vocab.txt, tokenizer.json, vocab.json with "
                      f"merges.txt, tokenizer.model or spm.model")
 
@@ -264,15 +264,14 @@ class SentencePiece:
 
 
 def wordpiece_settings(spec, settings, where):
-    """The settings, completed by what a tokenizer.json says."""
+    """The settings of tokenizer_config.json, completed by tokenizer.json's where there is one."""
     if not spec:
         return settings
-    normalizer, cutting = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
-    require(WORDPIECE, {**spec["model"], **normalizer, "normalizer": normalizer.get("type"),
-                        "pre_tokenizer": cutting.get("type")}, where)
+    normalizer, cut = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    types = {"normalizer": normalizer.get("type"), "pre_tokenizer": cut.get("type")}
+    require(WORDPIECE, {**(spec.get("model") or {}), **normalizer, **types}, where)
     names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
-    theirs = {names.get(name, name): value for name, value in normalizer.items() if value is not None}
-    return {**theirs, **settings}
+    return {**{names.get(name, name): value for name, value in normalizer.items() if value is not None}, **settings}
 
 
 class WordPiece:

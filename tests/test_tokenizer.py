@@ -221,8 +221,8 @@ LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
     ({"tokenizer_json": byte_spec({"type": "Whitespace"})}, "not supported: Whitespace"),
-    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*put spm.model beside it"),
-    ({"tokenizer_json": LLAMA_SPEC}, "BPE vocabulary.*put tokenizer.model beside it"),
+    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram vocabulary.*published model's spm.model beside"),
+    ({"tokenizer_json": LLAMA_SPEC}, "BPE vocabulary.*published model's tokenizer.model"),
 ])
 def test_a_folder_that_cannot_be_read_is_named(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
