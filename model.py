@@ -220,11 +220,11 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {S} tokens: this model has {self.max_length} positions")
         positions, allowed = torch.arange(S, device=idx.device), None
         if mask is not None or S > T:
-            #  key:    pad pad The cat
-            #  query pad x   .   .   .   A query sees the real tokens up to itself, and itself:
-            #        pad .   x   .   .   padding that sees nothing would become NaN.
-            #        The .   .   x   .   Positions here are 0 0 0 1.
-            #        cat .   .   x   x   With a cache only the last T lines are made.
+            #   keys:     pad pad The cat
+            #   query pad  x   .   .   .    A query sees the real tokens up to itself, and itself:
+            #         pad  .   x   .   .    before torch 2.5, padding that sees nothing is NaN.
+            #         The  .   .   x   .    Their positions are 0 0 0 1.
+            #         cat  .   .   x   x    With a cache only the last T lines are made.
             query, key = positions[-T:, None], positions
             mask = idx.new_ones(len(idx), S).bool() if mask is None else mask.bool()
             allowed = (mask[:, None, None, :] & (query >= key)) | (query == key)  # (B, 1, T, S)
@@ -363,8 +363,7 @@ class Encoder(nn.Module):
         positions, allowed = torch.arange(T, device=idx.device), None
         if mask is not None:
             mask = mask.bool()
-            empty = ~mask.any(1, keepdim=True)          # (B, 1): such a row looks at all its padding, or becomes NaN
-            allowed = (mask | empty)[:, None, None, :]  # (B, 1, 1, T)
+            allowed = mask[:, None, None, :]  # (B, 1, 1, T)
             if self.config.position_offset:
                 positions = (mask.cumsum(1) - 1).clamp(min=0)  # RoBERTa counts real tokens, wherever the padding is
         x = self.embed(idx)
@@ -537,10 +536,11 @@ def bert_config(c):
 
 def deberta_config(c):
     refuse_others(c, relative_attention=True)
-    v1, terms = c["model_type"] == "deberta", c.get("pos_att_type") or ()
-    if {term.strip() for term in (terms.split("|") if isinstance(terms, str) else terms)} != {"c2p", "p2c"}:
-        raise ValueError(f"pos_att_type is {terms!r}; only 'c2p|p2c' is supported")
-    furthest = c.get("max_relative_positions", -1)
+    terms = c.get("pos_att_type") or []
+    terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
+    if sorted(terms) != ["c2p", "p2c"]:
+        raise ValueError(f"pos_att_type is {terms}; only c2p and p2c together are supported")
+    v1, furthest = c["model_type"] == "deberta", c.get("max_relative_positions", -1)
     furthest = furthest if furthest > 0 else c["max_position_embeddings"]
     buckets = 0 if v1 else max(0, c.get("position_buckets", -1))
     return EncoderConfig(
@@ -592,7 +592,7 @@ def read_config(path):
         config = FAMILIES[kind][1](content)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     for activation in (config.activation, getattr(config, "conv_activation", "tanh")):
         if activation not in ACTIVATIONS:
