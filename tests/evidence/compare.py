@@ -3,10 +3,10 @@
     python tests/evidence/compare.py --task=sst2,cola --methods=lora,dual_lora --seeds=2 [any option of train.py]
 
 A task or a method may bring options: --task=sst2,cola:max_steps=1500 --methods=lora,lora:r=16,dual_lora,full.
-Methods beside train.py's: no_relu, no_sign, loha, random_start (ablations.py). With --grid=1e-3,2e-3 the rate is chosen for each
-task and method, by --grid_seeds runs a rate on held-out training data with seeds that are not reported. Full fine-tuning has a
-grid of its own, --full_grid. "dora@lora" takes the rate that was chosen for lora. Without a grid, the rate is
---learning_rate or the preset's. --jobs=2 makes two runs at a time, with one thread each.
+Methods beside train.py's are in methods.py. With --grid=1e-3,2e-3 the rate is chosen for each task and method, by
+--grid_seeds runs a rate on held-out training data with seeds that are not reported. Full fine-tuning has a grid of its
+own, --full_grid. "dora@lora" takes the rate that was chosen for lora. With --seeds=0 the grid alone is run. --jobs=2
+makes two runs at a time, with one thread each.
 
 Finished runs are lines of out_dir/runs.jsonl and are not made again. A run that was cut short goes on at its
 checkpoint. So the same command goes on where it was stopped. Its tables are printed, and saved as out_dir/tables.md
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,15 +31,15 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 
-import ablations  # noqa: E402, F401: adds its methods to train.METHODS
 import train  # noqa: E402
-from data.download import model_folder  # noqa: E402
-from data.tasks import load_task  # noqa: E402
-from dual_lora import adapter_report, adapter_state_dict  # noqa: E402
-from model import load_pretrained  # noqa: E402
+from data.metrics import score  # noqa: E402
+from data.tasks import Task, load_task  # noqa: E402
+from dual_lora import adapter_state_dict  # noqa: E402
+from methods import adapter_report  # noqa: E402: methods.py also adds its methods to train.METHODS
 
 GRID_SEED = 1000  # the first one
-NO_MATTER = ("out_dir", "resume", "data_dir", "device", "eval_interval", "log_interval", "checkpoint_interval")
+NO_MATTER = ("out_dir", "resume", "overwrite", "data_dir", "device", "eval_interval", "log_interval",
+             "checkpoint_interval")
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; with more the last one is a little too wide.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -57,6 +58,9 @@ def parse(arguments):
     return parser.parse_known_args(arguments)
 
 
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
 def split_spec(spec):
     """("cola", ["--max_steps=1500"]) from "cola:max_steps=1500"."""
     name, *options = spec.split(":")
@@ -70,10 +74,10 @@ def config(task, method, options, **values):
     return dataclasses.replace(cfg, **{name: value for name, value in values.items() if value is not None})
 
 
-def identity(cfg):
+def identity(options):
     """{option: value} of all that is not at its default and can change a result. Two runs with one identity are one."""
-    set_options = {name: value for name, value in vars(cfg).items() if value != getattr(train.Config, name)}
-    return {name: value for name, value in sorted(set_options.items()) if name not in NO_MATTER}
+    return {name: value for name, value in sorted(options.items())
+            if name not in NO_MATTER and value != getattr(train.Config, name, None)}
 
 
 def read_runs(out_dir):
@@ -82,7 +86,7 @@ def read_runs(out_dir):
 
 
 def find_run(runs, cfg):
-    return next((run for run in runs if run["options"] == identity(cfg)), None)
+    return next((run for run in runs if identity(run["options"]) == identity(vars(cfg))), None)
 
 
 def run_all(configs, out_dir, jobs):
@@ -110,39 +114,38 @@ def add_run(run, out_dir):
 
 def run_one(cfg, out_dir):
     """Train, look inside, and keep of it one dict."""
-    name = "-".join(f"{key}={value}" for key, value in identity(cfg).items()).replace("/", "_")
-    folder = out_dir / "running" / name
+    options = identity(vars(cfg))
+    folder = out_dir / "running" / "-".join(f"{key}={value}" for key, value in options.items()).replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    run = {"options": identity(cfg), "task": cfg.task, "method": cfg.method, "learning_rate": cfg.learning_rate,
+    run = {"options": options, "task": cfg.task, "method": cfg.method, "learning_rate": cfg.learning_rate,
            "seed": cfg.seed, "held_out": cfg.held_out, "value": None, "commit": commit(),
            "date": time.strftime("%Y-%m-%d")}
     began = time.time()
     try:
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             result = train.train(dataclasses.replace(cfg, out_dir=str(folder), resume=True))
+            inside = look_inside(result, folder)
     except FloatingPointError as error:  # diverged, which is a result; the run counts as the worst
         return run | {"error": str(error)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [line for line in lines if "step" in line and "validation" in line]
-    curve = [[line["step"], line["validation"][result["metric"]]] for line in evaluations]
-    run |= {name: result[name] for name in ("metric", "value", "validation", "trainable")}
-    run |= {"seconds": round(time.time() - began), "curve": curve, "inside": look_inside(result["settings"], folder)}
+    curve = [[line["step"], line["validation"][result["metric"]]] for line in lines
+             if "step" in line and "validation" in line]
+    run |= {name: result[name] for name in ("metric", "value", "validation", "trainable", "settings")}
+    run |= {"learning_rate": result["settings"]["learning_rate"], "seconds": round(time.time() - began),
+            "curve": curve, "inside": inside}
     shutil.rmtree(folder)
     return run
 
 
 @torch.no_grad()
-def look_inside(settings, folder):
+def look_inside(result, folder):
     """adapter_report's numbers, means over the layers. The start, for the flips, is drawn again from the seed."""
-    cfg = train.Config(**settings)
+    cfg = train.Config(**result["settings"])
     if train.METHODS[cfg.method][0] is None:
         return {}
-    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
-    model = train.prepare(load_pretrained(model_folder(cfg.model)), cfg, task, "cpu")
-    start = {name: p.clone() for name, p in adapter_state_dict(model).items()}
-    trained = torch.load(folder / "adapter.pt", weights_only=True)["state"]
-    for name, p in adapter_state_dict(model).items():
-        p.copy_(trained[name])
+    task = Task(result["task"], result["kind"], result["classes"], result["metric"], [], [])
+    start = adapter_state_dict(train.build(cfg, task)[2])
+    model = train.build(cfg, task, folder / "adapter.pt")[2]
     rows = list(adapter_report(model, since=start).values())
     return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
 
@@ -150,6 +153,9 @@ def look_inside(settings, folder):
 def commit():
     result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return result.stdout.strip()
+
+
+# ---- The comparison --------------------------------------------------------------------------------------------------
 
 
 def choose_rates(tasks, methods, options, args):
@@ -164,9 +170,9 @@ def choose_rates(tasks, methods, options, args):
     tried = {(task, method, rate, seed): config(task, method, options, learning_rate=rate, seed=seed, held_out=True)
              for task in tasks for method in methods if "@" not in method for rate in grid(method)
              for seed in range(GRID_SEED, GRID_SEED + args.grid_seeds)}
-    values = {}
+    values = Counter()
     for (*key, _), run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs)):
-        values[tuple(key)] = values.get(tuple(key), 0) + value_or_worst(run["value"])
+        values[tuple(key)] += value_or_worst(run["value"])
     rates = {}
     for task in tasks:
         for method in methods:
@@ -180,9 +186,11 @@ def value_or_worst(value):
 
 
 def compare(args, options):
-    """{"rows": one a method, "tasks", ...}: values by task and seed, and what the tables show."""
+    """{"rows": one a method, "tasks", ...}: values by task and seed, and what the tables show. None without seeds."""
     tasks, methods = args.task.split(","), args.methods.split(",")
     rates = choose_rates(tasks, methods, options, args)
+    if not args.seeds:
+        return None
     configs = {(task, method, seed): config(task, method, options, learning_rate=rates.get((task, method)), seed=seed)
                for task in tasks for method in methods for seed in range(args.seeds)}
     runs = dict(zip(configs, run_all(list(configs.values()), args.out_dir, args.jobs)))
@@ -190,15 +198,48 @@ def compare(args, options):
     for method in methods:
         of_method = {task: [runs[task, method, seed] for seed in range(args.seeds)] for task in tasks}
         values = {task: [run["value"] or 0.0 for run in of_method[task]] for task in tasks}  # diverged: 0
-        values["mean"] = [statistics.mean(column) for column in zip(*values.values())]
+        if len(tasks) > 1:
+            values["mean"] = [statistics.mean(column) for column in zip(*values.values())]
         first = rows[0]["values"] if rows else values
         rows.append({
-            "method": method, "values": values, "rates": {task: rates.get((task, method)) for task in tasks},
+            "method": method, "values": values,
+            "rates": {task: of_method[task][0]["learning_rate"] for task in tasks},
             "parameters": max(run.get("trainable", 0) for run in of_method[tasks[0]]),
             "seconds": statistics.mean(run.get("seconds", 0) for run in sum(of_method.values(), [])),
             "difference": {name: paired(column, first[name]) for name, column in values.items()}})
-    names = [f"{split_spec(task)[0]}, {runs[task, methods[0], 0].get('metric', '')}" for task in tasks]
-    return {"tasks": tasks, "columns": [*names, "mean"], "seeds": args.seeds, "rows": rows}
+    first_runs = [next((runs[key] for key in runs if key[0] == task and "curve" in runs[key]), {}) for task in tasks]
+    return {"tasks": tasks, "columns": [column_name(*pair) for pair in zip(tasks, first_runs)], "seeds": args.seeds,
+            "rows": rows, "majority": {task: majority(config(task, methods[0], options)) for task in tasks},
+            "setting": setting([config(task, methods[0], options) for task in tasks], first_runs, args)}
+
+
+def column_name(task, run):
+    name = Path(split_spec(task)[0]).name
+    return f"{name}, {run['curve'][-1][0]:,} steps, {run['metric']}" if run else name
+
+
+def majority(cfg):
+    """The metric of whoever always says the commonest class of the training data; None where there are no classes."""
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
+    if task.kind != "classification":
+        return None
+    commonest = Counter(example["label"] for example in task.train).most_common(1)[0][0]
+    labels = [example["label"] for example in task.validation]
+    return score(task.metric, [commonest] * len(labels), labels)[task.metric]
+
+
+def setting(configs, runs, args):
+    """What a reader must know of the runs, in one sentence."""
+    def each(values):
+        return " and ".join(dict.fromkeys(str(value) for value in values))
+
+    models = [run.get("settings", {}).get("model", cfg.model) for cfg, run in zip(configs, runs)]
+    rates = (f"chosen from {args.grid} on held-out training data by {args.grid_seeds} seed(s)" if args.grid
+             else "not searched")
+    return (f"{each(train.RIGHT_NAMES.get(model, model or 'default model') for model in models)}; adapters on "
+            f"{each(cfg.targets for cfg in configs)}, r = {each(cfg.r for cfg in configs)} (Dual LoRA r1 = r2 = r / 2), "
+            f"alpha {each(f'{cfg.alpha:g}' for cfg in configs)}, unless a method's name says otherwise; "
+            f"{each(cfg.batch_size for cfg in configs)} examples a step; learning rates {rates}.")
 
 
 def paired(ours, theirs):
@@ -209,18 +250,25 @@ def paired(ours, theirs):
     return statistics.mean(differences), width
 
 
+# ---- The tables ------------------------------------------------------------------------------------------------------
+
+
 def markdown(result):
-    first, names = result["rows"][0]["method"], [*result["tasks"], "mean"]
-    head = ["method", "parameters", "seconds", *result["columns"]]
+    rows, names = result["rows"], list(result["rows"][0]["values"])
+    columns = result["columns"] + ["mean"] * (len(names) - len(result["columns"]))
+    text = (f"{result['setting']}\n\nMean ± standard deviation over {result['seeds']} seeds, in brackets the learning "
+            f"rate.\n\n")
     values = [[row["method"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", *(spread(row, name) for name in names)]
-              for row in result["rows"]]
-    differences = [[row["method"], *(in_points(*row["difference"][name]) for name in names)]
-                   for row in result["rows"][1:]]
-    text = f"Mean ± standard deviation over {result['seeds']} seeds, in brackets the learning rate.\n\n"
-    text += table(head, values)
-    if differences:
-        text += (f"\nDifference to {first} in points (hundredths), paired by seed, ± half the 95 % interval.\n\n"
-                 + table(["method", *result["columns"]], differences))
+              for row in rows]
+    chance = [result["majority"].get(name) for name in names]
+    if any(value is not None for value in chance):
+        values.append(["commonest class", "", "", *("" if value is None else f"{value:.4f}" for value in chance)])
+    text += table(["method", "parameters", "seconds", *columns], values)
+    if rows[1:]:
+        text += (f"\nDifference to {rows[0]['method']} in points (hundredths), paired by seed, ± half the 95 % "
+                 f"interval.\n\n")
+        text += table(["method", *columns], [[row["method"], *(in_points(*row["difference"][name]) for name in names)]
+                                             for row in rows[1:]])
     return text
 
 
@@ -245,9 +293,10 @@ def main(arguments):
     except ValueError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
-    print(f"\n{markdown(result)}")
-    (args.out_dir / "tables.md").write_text(markdown(result))
-    (args.out_dir / "tables.json").write_text(json.dumps(result, indent=1))
+    if result:
+        print(f"\n{markdown(result)}")
+        (args.out_dir / "tables.md").write_text(markdown(result))
+        (args.out_dir / "tables.json").write_text(json.dumps(result, indent=1))
     return 0
 
 

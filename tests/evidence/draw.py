@@ -1,8 +1,10 @@
-"""The pictures: how dW comes about, the metric over learning rates, the metric over steps. Needs matplotlib.
+"""The pictures. Needs matplotlib.
 
     python tests/evidence/draw.py dW OUT.png RUN_DUAL RUN_LORA [LAYER]     # out_dirs of train.py; or a middle layer
-    python tests/evidence/draw.py rates OUT.png RUNS.jsonl
-    python tests/evidence/draw.py steps OUT.png RUNS.jsonl
+    python tests/evidence/draw.py rates OUT.png RUNS.jsonl                 # held-out metric over learning rates
+    python tests/evidence/draw.py steps OUT.png RUNS.jsonl                 # metric over steps
+    python tests/evidence/draw.py seeds OUT.png RUNS.jsonl                 # a dot a run
+    python tests/evidence/draw.py represent OUT.png represent.json
 
 RUNS.jsonl is what compare.py writes. A line is a run: task, method, learning_rate, seed, held_out, metric, value,
 curve [[step, value], ...] and options. Held-out runs are the grid of learning rates, the others are the seeds.
@@ -17,12 +19,16 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dual_lora import DualLoRALinear, LoRALinear, read_adapter, sign  # noqa: E402
+from dual_lora import DualLoRALinear, LoRALinear, read_adapter, sign_ste  # noqa: E402
 
 CORNER = 48  # rows and columns that a heat map shows: more would be finer than a README can show
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
+NEAR = 0.1  # so much below the best of its panel a run counts as one that learned the task
+NAMES = {"lora": "LoRA", "dual_lora": "Dual LoRA", "no_relu": "no ReLU", "no_sign": "no Sign", "loha": "LoHa: neither",
+         "random_start": "LoRA, random start", "full": "full fine-tuning", "dora": "DoRA",
+         "lora, fitted": "LoRA, fitted"}
 COLUMNS = ("task", "method", "learning_rate", "seed", "held_out")  # of a run, which its options repeat
 
 
@@ -63,7 +69,7 @@ def draw_dW(plt, path, run_dual, run_lora, name=None):
     _, lora = read_layer(run_lora, LoRALinear, name)
     dW, BA = dual.delta_weight(), lora.delta_weight()
     W_m = dual.scaling * (dual.lora_B @ dual.lora_A).relu()
-    W_d = sign(dual.lora_D @ dual.lora_C)
+    W_d = sign_ste(dual.lora_D @ dual.lora_C)
 
     figure = plt.figure(figsize=(9, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 3)
@@ -95,14 +101,14 @@ def heat_map(axis, matrix, title, limit=None):
 
 
 def read_runs(path, held_out):
-    """{task: {label: [runs]}}. The label is the method, and the options in which the task's runs differ."""
+    """{task and steps: {label: [runs]}}. The label is the method, and the options in which the panel's runs differ."""
     with open(path, encoding="utf-8") as file:
         runs = [run for run in map(json.loads, file) if run["held_out"] == held_out and run["value"] is not None]
     if not runs:
         raise ValueError(f"{path} holds no run with held_out {str(held_out).lower()}")
     tasks = {}
-    for run in runs:
-        tasks.setdefault(run["task"], []).append(run)
+    for run in sorted(runs, key=lambda run: run["curve"][-1][0]):
+        tasks.setdefault(f"{Path(run['task']).name}, {run['curve'][-1][0]:,} steps", []).append(run)
     return {task: by_label(of_task) for task, of_task in tasks.items()}
 
 
@@ -112,7 +118,7 @@ def by_label(runs):
     labels = {}
     for run in runs:
         options = [f"{name} {run['options'][name]}" for name in differing if name in run["options"]]
-        labels.setdefault(" ".join([run["method"], *options]), []).append(run)
+        labels.setdefault(", ".join([NAMES.get(run["method"], run["method"]), *options]), []).append(run)
     return labels
 
 
@@ -158,6 +164,45 @@ def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
     save(plt, figure, path)
 
 
+def draw_seeds(plt, path, tasks):
+    """A panel a task, a row a method, a dot a run; at the right how many runs came near the panel's best."""
+    heights = [len(methods) for methods in tasks.values()]
+    figure, axes = plt.subplots(len(tasks), 1, figsize=(7, sum(0.36 * n + 0.75 for n in heights)), squeeze=False,
+                                height_ratios=heights, layout="constrained")
+    for axis, (task, methods) in zip(axes.flat, tasks.items()):
+        best = max(run["value"] for runs in methods.values() for run in runs)
+        for row, (label, runs) in enumerate(methods.items()):
+            values = [run["value"] for run in sorted(runs, key=lambda run: run["seed"])]
+            offsets = [row + 0.5 * (i / max(1, len(values) - 1) - 0.5) for i in range(len(values))]
+            axis.plot(values, offsets, "o", markersize=4.5, alpha=0.8, color=COLOURS[row % len(COLOURS)])
+            near = sum(value > best - NEAR for value in values)
+            axis.text(1.01, row, f"{near} of {len(values)}", transform=axis.get_yaxis_transform(), va="center")
+        axis.axvline(best - NEAR, color="#999999", linewidth=0.8, linestyle=":")
+        axis.set(title=task, xlabel=f"{runs[0]['metric']}; right: runs within {NEAR} of the best (dotted line)",
+                 yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
+    save(plt, figure, path)
+
+
+def draw_represent(plt, path, source):
+    """A panel a target, a line a method: the captured share over LoRA's rank at equal parameters."""
+    rows = json.loads(Path(source).read_text())["shares"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    figure, axes = plt.subplots(1, len(targets), figsize=(2.7 * len(targets), 3), sharey=True, layout="constrained")
+    for axis, target in zip(axes, targets):
+        of_target = [row for row in rows if row["target"] == target]
+        ranks = [row["r"] for row in of_target]
+        for i, method in enumerate(name for name in of_target[0]["share"] if "fitted" not in name):
+            axis.plot(ranks, [row["share"][method] for row in of_target], marker=MARKERS[i], color=COLOURS[i],
+                      label=NAMES[method], markersize=4, linewidth=1.2)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ranks, ranks)
+        axis.set(title=f"full fine-tuning, {target}" if target != "Gaussian" else "a Gaussian matrix", ylim=(0, 1),
+                 xlabel="r of LoRA, or equal parameters")
+    axes[0].set_ylabel("captured share of the update")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    save(plt, figure, path)
+
+
 def save(plt, figure, path):
     figure.savefig(path, pil_kwargs={"optimize": True})
     plt.close(figure)
@@ -166,7 +211,7 @@ def save(plt, figure, path):
 
 def main(arguments):
     kind, *rest = arguments or [""]
-    if not (kind == "dW" and len(rest) in (3, 4) or kind in ("rates", "steps") and len(rest) == 2):
+    if not (kind == "dW" and len(rest) in (3, 4) or kind in ("rates", "steps", "seeds", "represent") and len(rest) == 2):
         sys.exit(__doc__.strip())
     try:
         plt = pyplot()
@@ -174,8 +219,12 @@ def main(arguments):
             draw_dW(plt, *rest)
         elif kind == "rates":
             draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True)
-        else:
+        elif kind == "steps":
             draw_panels(plt, rest[0], read_runs(rest[1], False), curve_points, "step", logarithmic=False)
+        elif kind == "seeds":
+            draw_seeds(plt, rest[0], read_runs(rest[1], False))
+        else:
+            draw_represent(plt, *rest)
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
 

@@ -1,18 +1,22 @@
-"""What an update can represent: how much of full fine-tuning's own update does each method hold, at equal parameters?
+"""What an update can represent, and what in a trained update is signal.
 
-    python tests/evidence/represent.py --out_dir=tests/evidence/results/represent [--steps=200] [any option of train.py]
+    python tests/evidence/represent.py --out_dir=tests/evidence/results/represent [any option of train.py]
 
-Trains every weight of the model on each of --tasks, takes W after minus W before of the q and v projections in three
-layers, and approximates it by LoRA's BA, by Dual LoRA's ReLU(BA) ⊙ Sign(DC), and by that without its parts. A share
-is 1 - |T - dW|^2 / |T|^2, the mean over the six matrices. T of independent Gaussian entries stands beside it.
+1. How much of full fine-tuning's own update does each method hold, at equal parameters? Trains every weight on each of
+--tasks, takes W after minus W before of the q and v projections in three layers, and approximates it by LoRA's BA, by
+Dual LoRA's ReLU(BA) ⊙ Sign(DC), and by that without its parts. A share is 1 - |T - dW|^2 / |T|^2, the mean over the
+six matrices. T of independent Gaussian entries stands beside it. LoRA's best is known exactly: the largest singular
+values. The others are fitted by Adam on the squared error, and the best of three fits is shown, so their shares are
+lower bounds. How far such a fit gets is seen on LoRA ("lora, fitted").
 
-LoRA's best is known exactly: the largest singular values. The others are fitted by Adam on the squared error, and the
-best of three fits is shown, so their shares are lower bounds. How far such a fit gets is seen on LoRA ("fitted").
-Writes shares.json, which draw.py draws. Takes about six minutes on two cores.
+2. Trains LoRA and Dual LoRA, and evaluates them with every dW replaced by its best approximation of low rank.
+
+Trained models are kept in --out_dir and not trained again. Writes represent.json there, which draw.py draws.
 """
 import argparse
 import concurrent.futures
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -22,8 +26,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from compare import table  # noqa: E402
 from data.download import model_folder  # noqa: E402
-from dual_lora import read_adapter, sign_ste  # noqa: E402
+from data.tasks import load_task  # noqa: E402
+from dual_lora import adapted_layers, base_weight, merge_adapters, read_adapter, sign_ste  # noqa: E402
 from model import load_pretrained  # noqa: E402
 
 RANKS = (2, 4, 8, 16, 32, 64)  # of LoRA; a method of two groups has half of it in each
@@ -42,12 +48,19 @@ FITS = [("spectral", 0.003), ("spectral", 0.03), ("random", 0.1)]
 LORA_FITS = [("random", 0.01), ("random", 0.03), ("random", 0.1)]
 
 
-def full_update(task, steps, options, out_dir):
-    """(6, out, in): W after minus W before of full fine-tuning. The run is kept in out_dir and not made again."""
-    folder = out_dir / f"full-{task}-{steps}"
-    if not (folder / "adapter.pt").exists():
-        train.train(train.parse([f"--task={task}", "--method=full", f"--learning_rate={RATES[task]}",
-                                 f"--max_steps={steps}", f"--out_dir={folder}", "--resume=true", *options]))
+def trained(task, method, rate, args, options):
+    """The folder of a finished run; the run is made if it is not there yet."""
+    folder = args.out_dir / f"{task}-{method}-{args.steps}"
+    train.train(train.parse([f"--task={task}", f"--method={method}", f"--learning_rate={rate}", f"--out_dir={folder}",
+                             f"--max_steps={args.steps}", "--resume=true", *options]))
+    return folder
+
+
+# ---- 1. Full fine-tuning's update ------------------------------------------------------------------------------------
+
+
+def full_update(folder):
+    """(6, out, in): W after minus W before."""
     after = read_adapter(folder / "adapter.pt")[1]
     before = load_pretrained(model_folder("minilm")).state_dict()
     names = [f"layers.{i}.attention.{name}.weight" for i in LAYERS for name in ("q_proj", "v_proj")]
@@ -101,27 +114,70 @@ def shares(T, r, steps=200):
     return found
 
 
+# ---- 2. What is signal -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def signal(folder, cut):
+    """{what dW is replaced by: [share of dW's squared norm, the metric then]}, for the run in `folder`."""
+    run = train.finished_run(folder)
+    cfg = train.Config(**run["settings"])
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
+    task.validation = task.validation[:cut]
+    start = {name: layer.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[2]).items()}
+    cfg, tokenizer, model, encode = train.build(cfg, task, folder / "adapter.pt")
+    before = {name: base_weight(layer).clone() for name, layer in adapted_layers(model).items()}
+    whole = {name: layer.delta_weight() for name, layer in adapted_layers(model).items()}
+    if cfg.method == "lora":  # its B starts at 0
+        start = {name: torch.zeros_like(dW) for name, dW in whole.items()}
+    validation, model = encode(task.validation), merge_adapters(model)
+
+    def low_rank(matrix, r):
+        B, A = best_low_rank(matrix, r)
+        return B @ A
+
+    def measure(replace):
+        shares = []
+        for name, dW in whole.items():
+            other = replace(name, dW)
+            shares.append((1 - (dW - other).square().sum() / dW.square().sum()).item())
+            model.get_submodule(name).weight.copy_(before[name] + other)
+        values = train.evaluate(model, task, validation, tokenizer, torch.device(cfg.device))
+        return [statistics.mean(shares), values[task.metric]]
+
+    found = {"dW": measure(lambda name, dW: dW)}
+    for r in (2, 8, 32):
+        found[f"rank {r}"] = measure(lambda name, dW: low_rank(dW, r))
+    found["all but rank 8"] = measure(lambda name, dW: dW - low_rank(dW, 8))
+    found["start + rank 8 of the change"] = measure(lambda name, dW: start[name] + low_rank(dW - start[name], 8))
+    found["start"] = measure(lambda name, dW: start[name])
+    return found
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="sarcasm,stsb,sst2")
+    parser.add_argument("--signal_tasks", default="sarcasm,stsb")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--eval_examples", type=int, default=1000)
     parser.add_argument("--out_dir", type=Path, default=Path("out/represent"))
     args, options = parser.parse_known_args(arguments)
-    targets = {task: full_update(task, args.steps, options, args.out_dir) for task in args.tasks.split(",")}
+    targets = {task: full_update(trained(task, "full", RATES[task], args, options)) for task in args.tasks.split(",")}
     targets["Gaussian"] = torch.randn(6, 384, 384, generator=torch.Generator().manual_seed(0))
-
     keys = [(name, r) for name in targets for r in RANKS]
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         found = list(pool.map(shares, [targets[name] for name, _ in keys], [r for _, r in keys]))
     rows = [{"target": name, "r": r, "share": share} for (name, r), share in zip(keys, found)]
-    (args.out_dir / "shares.json").write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=1))
 
-    methods = list(found[0])
-    print("| full fine-tuning's update on | r | " + " | ".join(methods) + " |\n|---" * 1 + "|---|" + "---|" * len(methods))
-    for row in rows:
-        cells = [f"{row['share'][method]:.3f}" for method in methods]
-        print(f"| {row['target']} | {row['r']} | " + " | ".join(cells) + " |")
+    parts = {f"{task}, {method}": signal(trained(task, method, 2e-3, args, options), args.eval_examples)
+             for task in args.signal_tasks.split(",") for method in ("lora", "dual_lora")}
+    (args.out_dir / "represent.json").write_text(json.dumps({"shares": rows, "signal": parts}, indent=1))
+    print(table(["full fine-tuning's update on", "r", *found[0]],
+                [[row["target"], str(row["r"]), *(f"{share:.3f}" for share in row["share"].values())] for row in rows]))
+    names = list(dict.fromkeys(name for part in parts.values() for name in part))
+    print(table(["share of dW's squared norm, metric", *names],
+                [[name, *(f"{part[key][0]:.2f}, {part[key][1]:.4f}" for key in names)] for name, part in parts.items()]))
 
 
 if __name__ == "__main__":
