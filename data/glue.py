@@ -15,35 +15,34 @@ from typing import NamedTuple
 from data.jsonl import read_lines
 
 HOST = "https://dl.fbaipublicfiles.com/"
-SPLITS = "train", "validation", "validation_mismatched"
+SPLITS = "train", "validation"
+# MRPC as Microsoft published it, and the ids of the rows that GLUE validates on
+MRPC_ROWS, MRPC_DEV_IDS = "senteval/senteval_data/msr_paraphrase_train.txt", "glue/data/mrpc_dev_ids.tsv"
 
 
 class GlueTask(NamedTuple):
-    files: tuple    # at HOST
     folder: str
     columns: tuple  # label, text_a and, for pairs, text_b: names in the header, or numbers where there is none
     counts: tuple   # official number of rows of each split
     classes: tuple  # a file has these names or their numbers; empty for regression, a number from 0 to 5
-    metric: str = "accuracy"    # the one in LoRA's tables where GLUE itself takes the mean of two
+    metric: str = "accuracy"  # the one in LoRA's tables where GLUE itself takes the mean of two
+    archive: str = ""         # the zip file at HOST, if it is not called as the folder
     parts: tuple = ("train.tsv", "dev.tsv")  # the file of each split
 
 
 ENTAILMENT = "entailment", "not_entailment"
 GLUE = {
-    "cola": GlueTask(("glue/data/CoLA.zip",), "CoLA", (1, 3), (8551, 1043), ("unacceptable", "acceptable"), "matthews"),
-    "sst2": GlueTask(("glue/data/SST-2.zip",), "SST-2", ("label", "sentence"), (67349, 872), ("negative", "positive")),
-    # MRPC as Microsoft published it, and the ids of the rows that GLUE validates on
-    "mrpc": GlueTask(("senteval/senteval_data/msr_paraphrase_train.txt", "glue/data/mrpc_dev_ids.tsv"), "MRPC",
-                     ("Quality", "#1 String", "#2 String"), (3668, 408), ("not_equivalent", "equivalent")),
-    "stsb": GlueTask(("glue/data/STS-B.zip",), "STS-B", ("score", "sentence1", "sentence2"), (5749, 1500), (),
-                     "pearson"),
-    "qqp":  GlueTask(("glue/data/QQP-clean.zip",), "QQP", ("is_duplicate", "question1", "question2"), (363846, 40430),
-                     ("not_duplicate", "duplicate")),
-    "mnli": GlueTask(("glue/data/MNLI.zip",), "MNLI", ("gold_label", "sentence1", "sentence2"), (392702, 9815, 9832),
+    "cola": GlueTask("CoLA", (1, 3), (8551, 1043), ("unacceptable", "acceptable"), "matthews"),
+    "sst2": GlueTask("SST-2", ("label", "sentence"), (67349, 872), ("negative", "positive")),
+    "mrpc": GlueTask("MRPC", ("Quality", "#1 String", "#2 String"), (3668, 408), ("not_equivalent", "equivalent")),
+    "stsb": GlueTask("STS-B", ("score", "sentence1", "sentence2"), (5749, 1500), (), "pearson"),
+    "qqp":  GlueTask("QQP", ("is_duplicate", "question1", "question2"), (363846, 40430),
+                     ("not_duplicate", "duplicate"), archive="QQP-clean"),
+    "mnli": GlueTask("MNLI", ("gold_label", "sentence1", "sentence2"), (392702, 9815, 9832),
                      ("entailment", "neutral", "contradiction"),
                      parts=("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")),
-    "qnli": GlueTask(("glue/data/QNLIv2.zip",), "QNLI", ("label", "question", "sentence"), (104743, 5463), ENTAILMENT),
-    "rte":  GlueTask(("glue/data/RTE.zip",), "RTE", ("label", "sentence1", "sentence2"), (2490, 277), ENTAILMENT),
+    "qnli": GlueTask("QNLI", ("label", "question", "sentence"), (104743, 5463), ENTAILMENT, archive="QNLIv2"),
+    "rte":  GlueTask("RTE", ("label", "sentence1", "sentence2"), (2490, 277), ENTAILMENT),
 }
 
 
@@ -51,24 +50,25 @@ def fetch_glue(name, folder):
     """Put the task's files into `folder` in the official layout; ValueError unless all rows are there."""
     task = GLUE[name]
     (folder / task.folder).mkdir()
-    contents = [download(HOST + file) for file in task.files]
     if name == "mrpc":
-        parts = split_mrpc(*contents)
+        parts = split_mrpc(download(MRPC_ROWS), download(MRPC_DEV_IDS))
     else:
+        address = f"glue/data/{task.archive or task.folder}.zip"
         try:
-            with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
+            with zipfile.ZipFile(io.BytesIO(download(address))) as archive:
                 parts = [archive.read(f"{task.folder}/{part}") for part in task.parts]
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-            raise ValueError(f"{HOST}{task.files[0]} is not the zip file that it was ({error})") from None
+            raise ValueError(f"{HOST}{address} is not the zip file that it was ({error})") from None
     for part, content in zip(task.parts, parts):
         (folder / task.folder / part).write_bytes(content)
     for split, examples, expected in zip(SPLITS, read_glue(name, folder), (task.counts[0], sum(task.counts[1:]))):
         if len(examples) != expected:
-            raise ValueError(f"{HOST}{task.files[0]} gives {len(examples):,} {split} examples; the official number is "
-                             f"{expected:,}, so it is not used")
+            raise ValueError(f"{HOST} gives {len(examples):,} {split} examples of {name}; the official number is "
+                             f"{expected:,}, so they are not used")
 
 
-def download(url):
+def download(address):
+    url = HOST + address
     print(f"fetching {url}", flush=True, file=sys.stderr)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:

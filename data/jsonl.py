@@ -1,16 +1,13 @@
 """Examples as JSON, one object a line: reading them with every field checked, and writing them.
 
-Two kinds of example, as dicts:
-    classification     {"text_a": str, "text_b": str (optional), "label": text or a number}
+    classification     {"text_a": str, "text_b": str (optional), "label": the class, text or a whole number}
+    regression         the same, with labels that have a decimal point
     multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right choice}
-A label with a decimal point makes regression of the task, any other label is the name of a class. The full text of a
-choice is prompt + choice, so a choice begins with its own space. For the instruct protocol an example also has
-"instruction", "output" (the response to learn) and "answer" (what to look for in the generated text); it may have these
-three alone. "set" names a part of the validation data; parts are scored one by one and averaged.
+The full text of a choice is prompt + choice, so a choice begins with its own space. For the instruct protocol an
+example also has "instruction", "output" (the response to learn) and "answer" (what to look for in the generated text);
+it may have these three alone. "set" names a part of the validation data; parts are scored one by one and averaged.
 """
 import json
-
-LARGEST = 1e38  # a label: about the largest number in float32
 
 
 def read_lines(path):
@@ -100,8 +97,8 @@ def check_label(record, where, n_choices):
         if type(label) is not int or not 0 <= label < n_choices:
             raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
                              f"{n_choices - 1}")
-    elif not (label.strip() if isinstance(label, str) else type(label) in (int, float) and abs(label) < LARGEST):
-        raise ValueError(f'{where}: "label" should be text or a number below {LARGEST:g}, and is {shown(label)}')
+    elif not (label.strip() if isinstance(label, str) else type(label) in (int, float) and abs(label) < 1e38):
+        raise ValueError(f'{where}: "label" should be text or a number that fits float32, and is {shown(label)}')
     return label
 
 

@@ -10,8 +10,8 @@ A folder is read from the first of these that it holds:
 
 Ids are those of the field's `tokenizers` on ordinary text. They may differ for characters that are younger than one of
 the two Unicode tables, and for rare tokens that the merges alone do not reach. One difference is on purpose: text that
-spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone. A folder
-with a setting that would give other ids, and that is not read here, is refused by the setting's name.
+spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone. A
+setting that changes the ids is read, or refused by name.
 """
 import json
 import string
@@ -62,7 +62,7 @@ class Tokenizer:
         control = {token["content"] for token in added if token.get("special")}
         for token in ids.keys() - self.vocabulary.ids.keys() - control:
             if not token.startswith(("<", "[", "▁")):  # a word such as "covid", which should not be split
-                raise ValueError(f"{folder}: the added token {token!r} is not supported: it gives other ids")
+                raise ValueError(f"{folder}: the added token {token!r} is not supported, and gives other ids")
         ids.update(self.vocabulary.ids)
         settings = {**json_if_there(folder / "special_tokens_map.json"), **settings}
         for name, usual in SPECIAL.items():
@@ -74,16 +74,15 @@ class Tokenizer:
         self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
 
     def check(self, n_rows, is_encoder):
-        """ValueError unless a model of this kind, whose embedding has n_rows rows, can take all ids. A padding token
-        without a row becomes 0: padding is masked, so any row will do."""
+        """ValueError unless a model whose embedding has n_rows rows can take all ids. A padding token without a row
+        becomes 0: padding is masked, so any row will do."""
         largest = max([*self.vocabulary.ids.values(), *(i for i in (self.bos, self.eos, self.cls, self.sep) if i)])
         if largest >= n_rows:
             raise ValueError(f"{self.folder}: the vocabulary has ids up to {largest:,}, and the model's embedding "
                              f"{n_rows:,} rows: they do not belong together")
-        if is_encoder and None in (self.cls, self.sep):
-            raise ValueError(f"{self.folder}: the vocabulary has no [CLS] and [SEP], which an encoder reads")
-        if not is_encoder and self.bos is self.eos is None:
-            raise ValueError(f"{self.folder}: the vocabulary names no beginning or end of a text, which a GPT reads")
+        if None in (self.cls, self.sep) if is_encoder else self.bos is self.eos is None:
+            missing = "[CLS] and [SEP], which an encoder" if is_encoder else "a beginning or end of text, which a GPT"
+            raise ValueError(f"{self.folder}: the vocabulary does not have {missing} reads")
         if self.pad is None or self.pad >= n_rows:
             self.pad = 0
 
@@ -146,7 +145,8 @@ def require(allowed, settings, where):
     """ValueError unless each of the `allowed` settings that is set has one of its allowed values."""
     for name, values in allowed.items():
         if name in settings and settings[name] not in values:
-            raise ValueError(f"{where}: {name} = {json.dumps(settings[name])[:60]} is not supported: it gives other ids")
+            value = json.dumps(settings[name])[:60]
+            raise ValueError(f"{where}: {name} = {value} is not supported, and gives other ids")
 
 
 def adds_bos(folder, spec, settings, bos):
@@ -234,8 +234,8 @@ def byte_level_steps(spec, where):
         return GPT2_PATTERN, prefix
     if types == ["Digits", "ByteLevel"] and first[0].get("individual_digits"):
         return DIGITS_PATTERN, prefix
-    if types == ["Split", "ByteLevel"] and not regex and first[0]["behavior"] == "Isolated":
-        if "Regex" in first[0]["pattern"]:
+    if types == ["Split", "ByteLevel"] and not regex and "Regex" in first[0]["pattern"]:
+        if first[0]["behavior"] == "Isolated" and not first[0].get("invert"):
             return first[0]["pattern"]["Regex"], prefix
     raise ValueError(f"{where}: this normalizer and pre_tokenizer are not supported: {' + '.join(types)}")
 
@@ -291,9 +291,7 @@ class WordPiece:
         return [i for word in self.words(text) for i in self.pieces(word)]
 
     def words(self, text):
-        text = "".join(map(cleaned, text))
-        if self.chinese and not text.isascii():
-            text = "".join(f" {c} " if is_chinese(c) else c for c in text)
+        text = "".join(cleaned(c, self.chinese) for c in text)
         if self.strip_accents:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
         if self.lower:
@@ -315,19 +313,15 @@ class WordPiece:
 
 
 @lru_cache(maxsize=100_000)
-def cleaned(character):
-    """A space for white space, nothing for control characters."""
+def cleaned(character, chinese):
+    """A space for white space, nothing for control characters. With chinese, such characters are words of their own."""
     if character in "\t\n\r":
         return " "
     if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return ""
+    if chinese and unicodedata.name(character, "").startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")):
+        return f" {character} "
     return " " if character.isspace() else character
-
-
-@lru_cache(maxsize=100_000)
-def is_chinese(character):
-    """Chinese characters are words of their own."""
-    return unicodedata.name(character, "").startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH"))
 
 
 @lru_cache(maxsize=100_000)

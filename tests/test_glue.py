@@ -76,11 +76,12 @@ def test_each_task_from_the_official_folder(name, tmp_path):
 def publish(name, tmp_path, monkeypatch):
     """The task's files at an address; their numbers of rows become the official ones."""
     files, (train, validation) = RAW[name]
-    if GLUE[name].files[0].endswith(".zip"):
-        write_zip(tmp_path / "host" / GLUE[name].files[0], files)
-    else:  # one file, and the ids of the rows to validate on
-        rows, ids = GLUE[name].files
-        write_files(tmp_path / "host", {rows: f"\ufeff{MRPC}\r\n{MRPC_DEV}{MRPC_TRAIN}", ids: "702876\t702977\n"})
+    if name == "mrpc":  # one file, and the ids of the rows to validate on
+        write_files(tmp_path / "host", {glue.MRPC_ROWS: f"\ufeff{MRPC}\r\n{MRPC_DEV}{MRPC_TRAIN}",
+                                        glue.MRPC_DEV_IDS: "702876\t702977\n"})
+    else:
+        archive = {"qqp": "QQP-clean", "qnli": "QNLIv2"}.get(name, GLUE[name].folder)
+        write_zip(tmp_path / "host" / "glue" / "data" / f"{archive}.zip", files)
     counts = (3, 1, 1) if name == "mnli" else (len(train), len(validation))
     monkeypatch.setattr(glue, "HOST", (tmp_path / "host").as_uri() + "/")
     monkeypatch.setitem(GLUE, name, GLUE[name]._replace(counts=counts))
@@ -96,13 +97,13 @@ def test_each_task_from_its_address(name, tmp_path, monkeypatch):
 def test_another_number_of_rows_than_the_official_one_is_refused(tmp_path, monkeypatch):
     publish("rte", tmp_path, monkeypatch)
     monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(counts=(2, 1234)))
-    with pytest.raises(ValueError, match="RTE.zip gives 1 validation examples; the official number is 1,234"):
+    with pytest.raises(ValueError, match="gives 1 validation examples of rte; the official number is 1,234"):
         fetch_glue("rte", tmp_path)
 
 
 def test_a_file_at_the_address_that_is_no_zip_file_is_refused(tmp_path, monkeypatch):
     publish("rte", tmp_path, monkeypatch)
-    (tmp_path / "host" / GLUE["rte"].files[0]).write_bytes(b"PK\x03\x04 cut off")
+    (tmp_path / "host" / "glue" / "data" / "RTE.zip").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match="RTE.zip is not the zip file that it was"):
         fetch_glue("rte", tmp_path)
 

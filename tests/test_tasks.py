@@ -95,7 +95,7 @@ BAD_LINES = [
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
     (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": true}', "text or a number.*and is true"),
     (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is " "'),
-    (b'{"text_a": "x", "label": 1' + b"0" * 400 + b"}", "a number below 1e[+]38, and is 1000"),
+    (b'{"text_a": "x", "label": 1' + b"0" * 400 + b"}", "a number that fits float32, and is 1000"),
     (LINE + b'{"text_a": "x", "label": "1"}', "line 2: labels that are text among labels that are numbers"),
     (b'{"text_a": "x", "label": "2.5"}\n{"text_a": "y", "label": "3"}', 'line 1: label "2.5" is text: for regression'),
     (LINE * 3, "line 1 and all others have label 1"), (b'{"prompt": "x", "label": 0}', '"choices" should be a list'),

@@ -246,8 +246,8 @@ def test_a_padding_token_without_a_row_becomes_0(pad, n_rows, expected, tmp_path
     ({"vocab_txt": VOCAB_TXT}, 15, True, "ids up to 15, and the model's embedding 15 rows"),
     ({"vocab_txt": VOCAB_TXT, "added_tokens_json": {"<s>": 99}, "tokenizer_config_json": {"cls_token": "<s>"}}, 16, True,
      "ids up to 99"),
-    ({"tokenizer_json": byte_spec()}, 300, True, r"no \[CLS\] and \[SEP\]"),
-    ({"vocab_txt": VOCAB_TXT}, 16, False, "no beginning or end of a text"),
+    ({"tokenizer_json": byte_spec()}, 300, True, r"not have \[CLS\] and \[SEP\]"),
+    ({"vocab_txt": VOCAB_TXT}, 16, False, "not have a beginning or end of text"),
 ])
 def test_a_vocabulary_that_the_model_cannot_take_is_refused(files, n_rows, is_encoder, words, tmp_path):
     ours = Tokenizer(write(tmp_path, **files))
