@@ -144,8 +144,8 @@ def look_inside(result, folder):
     if train.METHODS[cfg.method][0] is None:
         return {}
     task = Task(result["task"], result["kind"], result["classes"], result["metric"], [], [])
-    start = adapter_state_dict(train.build(cfg, task)[2])
-    model = train.build(cfg, task, folder / "adapter.pt")[2]
+    start = adapter_state_dict(train.build(cfg, task)[3])
+    model = train.build(cfg, task, folder / "adapter.pt")[3]
     rows = list(adapter_report(model, since=start).values())
     return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
 

@@ -124,8 +124,8 @@ def signal(folder, cut):
     cfg = train.Config(**run["settings"])
     task = load_task(cfg.task, cfg.data_dir, cfg.metric)
     task.validation = task.validation[:cut]
-    start = {name: layer.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[2]).items()}
-    cfg, tokenizer, model, encode = train.build(cfg, task, folder / "adapter.pt")
+    start = {name: layer.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[3]).items()}
+    cfg, _, tokenizer, model, encode = train.build(cfg, task, folder / "adapter.pt")
     before = {name: base_weight(layer).clone() for name, layer in adapted_layers(model).items()}
     whole = {name: layer.delta_weight() for name, layer in adapted_layers(model).items()}
     if cfg.method == "lora":  # its B starts at 0
