@@ -32,8 +32,10 @@ def read_jsonl(path, labelled=True):
             continue
         try:
             record = json.loads(line)
+            if "\\u" in line:  # "\\ud83d" alone, half of an emoji, is no text
+                json.dumps(record, ensure_ascii=False).encode()
         except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+            raise ValueError(f"{where}: not JSON of texts ({error})") from None
         if isinstance(record, str) and not labelled:
             record = {"text_a": record}
         examples.append((where, check_example(record, where, labelled)))

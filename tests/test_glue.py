@@ -149,7 +149,7 @@ def test_classes_have_names_in_the_hubs_order(tmp_path):
 
 RTE = RAW["rte"][0]
 BAD = [  # what is in the folder, and the words of the error
-    ({"RTE/dev.tsv": RTE["RTE/dev.tsv"]}, "RTE/train.tsv is missing: --data_dir is a folder in GLUE's official layout"),
+    ({"RTE/dev.tsv": RTE["RTE/dev.tsv"]}, "train.tsv is missing: --data_dir is a folder in GLUE's official layout"),
     ({**RTE, "RTE/train.tsv": RTE["RTE/train.tsv"] + "2\tonly\n"}, "train.tsv, line 4: 2 columns, by its tabs"),
     ({**RTE, "RTE/train.tsv": RTE["RTE/train.tsv"] + "\n2\ta\tb\tentails\n"},
      "train.tsv, line 5: unknown label 'entails': it is one of entailment, not_entailment"),

@@ -91,7 +91,7 @@ LINE = json.dumps(GOOD).encode() + b"\n"
 BAD_LINES = [
     (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", r"line 2: \[1\] is no object"),
-    (b'"text"', "line 1: \"text\" is no object"),
+    (b'{"text_a": "\\ud83d", "label": 0}', "line 1: not JSON of texts"), (b'"text"', '"text" is no object'),
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
     (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": true}', "text or a number.*and is true"),
     (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is " "'),
