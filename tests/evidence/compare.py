@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from data.instruct import COMMONSENSE  # noqa: E402
 from data.metrics import score  # noqa: E402
 from data.tasks import Task, load_task  # noqa: E402
 from dual_lora import adapter_state_dict  # noqa: E402
@@ -233,10 +234,11 @@ def setting(configs, runs, args):
     def each(values):
         return " and ".join(dict.fromkeys(str(value) for value in values))
 
-    models = [run.get("settings", {}).get("model", cfg.model) for cfg, run in zip(configs, runs)]
+    models = [run.get("settings", {}).get("model") or cfg.model or ("smollm2" if cfg.task in COMMONSENSE else "minilm")
+              for cfg, run in zip(configs, runs)]  # a run of an earlier commit has no settings
     rates = (f"chosen from {args.grid} on held-out training data by {args.grid_seeds} seed(s)" if args.grid
              else "not searched")
-    return (f"{each(train.RIGHT_NAMES.get(model, model or 'default model') for model in models)}; adapters on "
+    return (f"{each(train.RIGHT_NAMES.get(model, model) for model in models)}; adapters on "
             f"{each(cfg.targets for cfg in configs)}, r = {each(cfg.r for cfg in configs)} (Dual LoRA r1 = r2 = r / 2), "
             f"alpha {each(f'{cfg.alpha:g}' for cfg in configs)}, unless a method's name says otherwise; "
             f"{each(cfg.batch_size for cfg in configs)} examples a step; learning rates {rates}.")
