@@ -109,9 +109,6 @@ class Config:
             self.out_dir = f"out/{Path(self.task).resolve().name}-{self.method}"
 
 
-NOT_OF_THE_RUN = ("out_dir", "resume", "overwrite", "predict")
-
-
 def parse(arguments):
     """Config from ["--name=value", ...]; ValueError for what is no option or no value of it. --help prints the list."""
     parser = argparse.ArgumentParser(
@@ -147,7 +144,8 @@ def check(cfg):
     layer = METHODS[cfg.method][0]
     is_dual = layer is not None and issubclass(layer, DualLoRALinear)
     idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
-    for name in idle if layer else ("targets", "r", "alpha", "dropout", *idle):
+    idle += () if layer else ("targets", "r", "alpha", "dropout")
+    for name in idle:
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
     if is_dual and cfg.r % 2 and not (cfg.r1 and cfg.r2):
@@ -164,24 +162,24 @@ def check(cfg):
 
 RIGHT_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 ENCODERS = dict(measured_on="minilm", init_std=0.05, max_length=128, max_steps=560,
-                rates={"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2})
+                learning_rate={"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2})
 GPTS = dict(measured_on="smollm2", init_std=0.02, max_length=256, max_steps=200,
-            rates={"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3})
+            learning_rate={"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3})
 NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
 
 def fill(cfg, is_gpt, longest, n_train):
     """cfg with every option set. longest: how many tokens the model takes."""
-    row = GPTS if is_gpt else ENCODERS
-    steps = row["max_steps"]
+    row = dict(GPTS if is_gpt else ENCODERS)
+    source, rates = RIGHT_NAMES[row.pop("measured_on")], row["learning_rate"]
+    row["learning_rate"] = rates.get(cfg.method, rates["lora"])
+    row["max_length"] = min(row["max_length"], longest)
     if cfg.epochs is not None:
-        steps = max(1, round(cfg.epochs * max(1, n_train // cfg.batch_size)))
-    values = {"learning_rate": row["rates"].get(cfg.method, row["rates"]["lora"]), "init_std": row["init_std"],
-              "max_length": min(row["max_length"], longest), "max_steps": steps}
-    unset = {name: value for name, value in values.items() if getattr(cfg, name) is None}
+        row["max_steps"] = max(1, round(cfg.epochs * max(1, n_train // cfg.batch_size)))
+    unset = {name: value for name, value in row.items() if getattr(cfg, name) is None}
     if unset:
-        print(f"not set, so as measured on {RIGHT_NAMES[row['measured_on']]} (another model may want another learning "
-              f"rate): {', '.join(f'{name} {value:g}' for name, value in unset.items())}")
+        print(f"not set, so as measured on {source} (another model may want another learning rate): "
+              + ", ".join(f"{name} {value:g}" for name, value in unset.items()))
     cfg = dataclasses.replace(cfg, **unset, r1=cfg.r1 or cfg.r // 2, r2=cfg.r2 or cfg.r // 2)
     if cfg.lr_warmup_steps is None:
         cfg.lr_warmup_steps = round(0.06 * cfg.max_steps)
@@ -332,65 +330,6 @@ def show(values):
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
 
 
-# ---- The run's folder: checkpoint.pt while a run is unfinished, then adapter.pt and metrics.jsonl --------------------
-
-
-@contextlib.contextmanager
-def claim(cfg):
-    """Keep other runs out of cfg.out_dir, and yield what is there to go on from: see earlier_run."""
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        try:
-            if fcntl:  # the system lets go of the lock when the process ends, by a kill too
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
-        except OSError:
-            pass  # a file system without locks
-        yield earlier_run(folder, cfg)
-    finally:
-        if fcntl:
-            os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is empty
-
-
-def earlier_run(folder, cfg):
-    """With --resume=true the checkpoint of the run in `folder`, or its last line if it is finished; else {}.
-
-    ValueError where a new run would replace an earlier one and nobody asked for that, or cfg has other options than it.
-    """
-    path = folder / "checkpoint.pt"
-    unfinished, finished = path.exists(), (folder / "metrics.jsonl").exists()
-    if cfg.overwrite or not (unfinished or finished):
-        return {}
-    if not cfg.resume:
-        other = "an unfinished run: --resume=true goes on" if unfinished else "a finished run: another --out_dir keeps"
-        raise ValueError(f"{folder} holds {other}, --overwrite=true starts anew")
-    try:
-        run = torch.load(path, map_location="cpu", weights_only=True) if unfinished else finished_run(folder)
-        settings = run["settings"]
-    except Exception as error:  # torch raises half a dozen kinds for a file cut short
-        raise ValueError(f"{folder} holds no run that can be read: {type(error).__name__}") from None
-    other = [name for name in settings if getattr(cfg, name) not in (settings[name], getattr(Config, name))]
-    if "max_steps" in other or "epochs" in other:
-        raise ValueError(f"{folder} holds a run of {settings['max_steps']} steps, whose learning rate falls to 0 by "
-                         f"then: it cannot be made longer or shorter")
-    if other:
-        raise ValueError(f"{folder} holds a run with another {', '.join(other)}, and --resume=true keeps its options")
-    return run
-
-
-def finished_run(folder):
-    """The last line of the finished run in `folder`, a dict."""
-    try:
-        return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        raise ValueError(f"{folder} holds no finished run: no metrics.jsonl that can be read") from None
-
-
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -399,14 +338,15 @@ def train(cfg):
     folder = Path(cfg.out_dir)
     with claim(cfg) as earlier:
         if "final" in earlier:
-            print(f"{folder}: this run is finished, {earlier['metric']} {earlier['value']:.4f}")
+            print(f"{folder} holds the finished run: {earlier['metric']} {earlier['value']:.4f}")
             return earlier
         cfg = dataclasses.replace(cfg, **earlier.get("settings", {}))
         cfg, task, tokenizer, model, encode = build(cfg)
         examples, validation = encode(task.train), encode(task.validation)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
-        settings = {name: value for name, value in vars(cfg).items() if name not in NOT_OF_THE_RUN}
+        settings = {name: value for name, value in vars(cfg).items()
+                    if name not in ("out_dir", "resume", "overwrite", "predict")}
         device, has_head = torch.device(cfg.device), isinstance(model, Classifier)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         step, history, n_summed, loss_sum = 0, [], 0, torch.zeros((), device=device)
@@ -417,20 +357,22 @@ def train(cfg):
             optimizer.load_state_dict(earlier["optimizer"])
 
         n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-        options = (*METHODS[cfg.method][1], "learning_rate", "seed")
-        print(f"{sum(example.cut for example in examples + validation):,} examples are longer than {cfg.max_length} "
-              f"tokens and were cut\n{RIGHT_NAMES.get(cfg.model, cfg.model)} on {device} in {cfg.dtype}; "
-              f"{n_trained:,} of {n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
-              f"{cfg.method}: {', '.join(f'{name} {settings[name]}' for name in options)}; {cfg.max_steps} steps of "
-              f"{cfg.batch_size} examples{f', going on at step {step}' if step else ''}", flush=True)
+        n_cut = sum(example.cut for example in examples + validation)
+        options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "seed")
+        print(f"{n_cut:,} examples are longer than {cfg.max_length} tokens and were cut\n"
+              f"{RIGHT_NAMES.get(cfg.model, cfg.model)} on {device} in {cfg.dtype}: {n_trained:,} of {n_all:,} "
+              f"parameters are trained, {100 * n_trained / n_all:.2f} %\n"
+              f"{cfg.method}: {', '.join(f'{name} {settings[name]}' for name in options)}"
+              f"{f'; going on at step {step}' if step else ''}", flush=True)
 
         n_batches = max(1, len(examples) // cfg.batch_size)  # of an epoch
-        batches, clock, clock_step = None, time.time(), step
+        batches, began, first = None, time.time(), step
         while True:
             # The factor on dW grows from 0 to 1, so that the first forward pass is the pre-trained model's.
             set_warmup(model, 1.0 if step >= cfg.scale_warmup_steps else step / cfg.scale_warmup_steps)
             if step == cfg.max_steps:
                 break
+
             # The learning rate rises in a straight line to its peak, then falls in one to 0.
             rise, fall = max(1, cfg.lr_warmup_steps), max(1, cfg.max_steps - cfg.lr_warmup_steps)
             optimizer.param_groups[0]["lr"] = min(cfg.learning_rate * (step + 1) / rise,
@@ -441,7 +383,7 @@ def train(cfg):
             right_rows = [] if has_head else [example.rows[example.label] for example in batch]
             n_targets = len(batch) if has_head else sum(len(row.ids) - row.start for row in right_rows)
 
-            torch.manual_seed(cfg.seed * SEED_STRIDE + step)  # dropout is of seed and step alone, as the batch is
+            torch.manual_seed(cfg.seed * SEED_STRIDE + step)  # dropout is a function of seed and step, as the batch is
             size = cfg.micro_batch_size or len(batch)
             for start in range(0, len(batch), size):
                 with autocast:
@@ -461,11 +403,10 @@ def train(cfg):
                 raise FloatingPointError(f"the loss is NaN or infinite at step {step}: try a lower --learning_rate")
             if logging:
                 history.append({"step": step, "loss": loss_sum.item() / n_summed})
-                pace = (time.time() - clock) / (step - clock_step)  # seconds a step
-                left = round(pace * (cfg.max_steps - step))
-                print(f"step {step}/{cfg.max_steps} | loss {history[-1]['loss']:.4f} | {cfg.batch_size / pace:,.0f} "
-                      f"examples/s | {left // 60}:{left % 60:02d} left", flush=True)
                 n_summed, loss_sum = 0, torch.zeros_like(loss_sum)
+                seconds_left = (time.time() - began) / (step - first) * (cfg.max_steps - step)
+                print(f"step {step}/{cfg.max_steps} | loss {history[-1]['loss']:.4f} | {seconds_left / 60:.1f} minutes left",
+                      flush=True)
             if cfg.eval_interval and step % cfg.eval_interval == 0 and not last:
                 with autocast:
                     values = evaluate(model, task, validation, tokenizer, device)
@@ -476,8 +417,6 @@ def train(cfg):
                                  "loss_sum": loss_sum.cpu(), "optimizer": optimizer.state_dict(),
                                  "parameters": {name: p.detach() for name, p in trained.items()}},
                                 folder / "checkpoint.pt")
-            if logging:
-                clock, clock_step = time.time(), step  # evaluations and checkpoints do not count
 
         with autocast:
             values = evaluate(model, task, validation, tokenizer, device)
@@ -535,6 +474,65 @@ def load(folder, device="auto"):
         return [{"label": task.classes[i] if task.classes else i, "probability": share} for i, share in best]
 
     return predict
+
+
+# ---- The run's folder: checkpoint.pt while a run is unfinished, then adapter.pt and metrics.jsonl --------------------
+
+
+@contextlib.contextmanager
+def claim(cfg):
+    """Keep other runs out of cfg.out_dir, and yield what is there to go on from: see earlier_run."""
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        try:
+            if fcntl:  # the system lets go of the lock when the process ends, by a kill too
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield earlier_run(folder, cfg)
+    finally:
+        if fcntl:
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
+
+
+def earlier_run(folder, cfg):
+    """With --resume=true the checkpoint of the run in `folder`, or its last line if it is finished; else {}.
+
+    ValueError where a new run would replace an earlier one and nobody asked for that, or cfg has other options than it.
+    """
+    path = folder / "checkpoint.pt"
+    unfinished, finished = path.exists(), (folder / "metrics.jsonl").exists()
+    if not (unfinished or finished) or (cfg.overwrite and not cfg.resume):
+        return {}
+    if not cfg.resume:
+        kind, way_out = ("an unfinished", "--resume=true") if unfinished else ("a finished", "another --out_dir")
+        raise ValueError(f"{folder} holds {kind} run: give {way_out}, or --overwrite=true to start anew")
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True) if unfinished else finished_run(folder)
+        settings = run["settings"]
+    except Exception as error:  # torch raises half a dozen kinds for a file cut short
+        raise ValueError(f"{folder} holds no run that can be read: {type(error).__name__}") from None
+    other = [name for name in settings if getattr(cfg, name) not in (settings[name], getattr(Config, name))]
+    if "max_steps" in other or "epochs" in other:
+        raise ValueError(f"{folder} holds a run of {settings['max_steps']} steps, whose learning rate falls to 0 by "
+                         f"then: it cannot be made longer or shorter")
+    if other:
+        raise ValueError(f"{folder} holds a run with another {', '.join(other)}, and --resume=true keeps its options")
+    return run
+
+
+def finished_run(folder):
+    """The last line of the finished run in `folder`, a dict."""
+    try:
+        return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        raise ValueError(f"{folder} holds no finished run: no metrics.jsonl that can be read") from None
 
 
 def main(arguments):

@@ -85,7 +85,7 @@ def toys(tmp_path_factory):
 
 
 def arguments(toys, out, *more, model="bert", task="names"):
-    defaults = ["--max_steps=6", "--batch_size=8", "--eval_interval=3", "--log_interval=2", "--checkpoint_interval=2",
+    defaults = ["--max_steps=6", "--batch_size=8", "--log_interval=2", "--checkpoint_interval=2",
                 "--device=cpu", "--learning_rate=0.01", "--lr_warmup_steps=0"]
     return [f"--model={toys / model}", f"--task={toys / task}", f"--out_dir={out}", *defaults, *more]
 
@@ -247,6 +247,7 @@ def test_a_file_to_predict_may_hold_texts_and_what_does_not_fit_is_one_line(toys
     assert 'takes examples with "text_a"' in fails(options, 1, capsys)
     write_lines(tmp_path / "texts.jsonl", ["fine", 3])
     assert "texts.jsonl, line 2" in fails(options, 1, capsys)
+    write_lines(tmp_path / "texts.jsonl", ["fine"])
     assert "holds no finished run" in fails([options[0], f"--out_dir={tmp_path}"], 1, capsys)
 
 
@@ -414,7 +415,7 @@ def test_an_unfinished_run_stops_a_new_one_and_stays_until_the_new_one_has_a_che
     before = files(tmp_path)
     assert list(before) == ["checkpoint.pt"]
     error = fails(arguments(toys, tmp_path, "--seed=1"), 1, capsys)
-    assert "holds an unfinished run: --resume=true goes on, --overwrite=true starts anew" in error
+    assert "holds an unfinished run: give --resume=true, or --overwrite=true to start anew" in error
     interrupt(2)
     fails(arguments(toys, tmp_path, "--seed=1", "--overwrite=true"), 1, capsys)
     assert files(tmp_path) == before
@@ -424,8 +425,8 @@ def test_an_unfinished_run_stops_a_new_one_and_stays_until_the_new_one_has_a_che
 def test_a_finished_run_stays_until_its_successor_is_finished(toys, tmp_path, interrupt, capsys):
     ran = run(toys, tmp_path)
     before = files(tmp_path)
-    assert "holds a finished run: another --out_dir keeps it, --overwrite=true" in fails(
-        arguments(toys, tmp_path), 1, capsys)
+    error = fails(arguments(toys, tmp_path), 1, capsys)
+    assert "holds a finished run: give another --out_dir, or --overwrite=true to start anew" in error
     assert run(toys, tmp_path, "--resume=true") == ran and files(tmp_path) == before
     interrupt(5)
     fails(arguments(toys, tmp_path, "--seed=1", "--overwrite=true"), 1, capsys)
