@@ -120,17 +120,16 @@ def choice_example(example, tokenizer, encode, is_gpt, max_length):
 
 
 def instruct_example(example, tokenizer, max_length, train_on_prompt):
-    """What is trained on, prompt and response; and the prompt to generate from, which does not know the response."""
+    """What is trained on, prompt and response; and the prompt to generate from. The template ends in white space, which
+    the model writes itself, so the prompt's tokens do not depend on the response."""
     if "instruction" not in example:
         raise ValueError('--protocol=instruct needs examples with "instruction", "output" and "answer"')
     prompt = instruct.prompt(example["instruction"])
-    ids, _ = encode_continued(tokenizer.encode, prompt, [""])
-    asked, cut = gpt_row(tokenizer, ids, [], max_length)
-    row = asked
-    if "output" in example:
-        ids, (response,) = encode_continued(tokenizer.encode, prompt, [example["output"]])
-        end = [] if tokenizer.eos is None else [tokenizer.eos]
-        row, cut = gpt_row(tokenizer, ids, response + end, max_length)
+    prompt, (response,) = encode_continued(tokenizer.encode, prompt, [example.get("output", "")])
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    row, cut = gpt_row(tokenizer, prompt, response + end, max_length)
+    asked, _ = gpt_row(tokenizer, prompt, [], max_length)
+    # The label is the row to learn, which is the only one.
     return Example([Row(row.ids, 1) if train_on_prompt else row], 0, prompt=tuple(asked.ids),
                    answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
 

