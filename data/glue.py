@@ -15,7 +15,6 @@ from typing import NamedTuple
 from data.jsonl import read_lines
 
 HOST = "https://dl.fbaipublicfiles.com/"
-SPLITS = "train", "validation"
 # MRPC as Microsoft published it, and the ids of the rows that GLUE validates on
 MRPC_ROWS, MRPC_DEV_IDS = "senteval/senteval_data/msr_paraphrase_train.txt", "glue/data/mrpc_dev_ids.tsv"
 
@@ -61,10 +60,9 @@ def fetch_glue(name, folder):
             raise ValueError(f"{HOST}{address} is not the zip file that it was ({error})") from None
     for part, content in zip(task.parts, parts):
         (folder / task.folder / part).write_bytes(content)
-    for split, examples, expected in zip(SPLITS, read_glue(name, folder), (task.counts[0], sum(task.counts[1:]))):
-        if len(examples) != expected:
-            raise ValueError(f"{HOST} gives {len(examples):,} {split} examples of {name}; the official number is "
-                             f"{expected:,}, so they are not used")
+    for examples, official in zip(read_glue(name, folder), (task.counts[0], sum(task.counts[1:]))):
+        if len(examples) != official:
+            raise ValueError(f"{HOST} gives {len(examples):,} instead of the official {official:,} examples of {name}")
 
 
 def download(address):

