@@ -9,40 +9,39 @@
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates",
 arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r.
 
-Why apart. A step of full fine-tuning moves every weight in a direction and by a size. LoRA has one low-rank number for
-both: BA. Dual LoRA has a low-rank product for each. Three things follow. dW is not of low rank, since ReLU and Sign act
-on every entry. "Leave this weight alone" is a region, BA < 0, and no coincidence of numbers that cancel. And a
-direction is kept until the evidence turns it, however small the size is meanwhile.
+Why apart. A step of full fine-tuning moves every weight in some direction by some size. LoRA learns both as one number,
+an entry of the low-rank BA. Dual LoRA gives each a low-rank product of its own. ReLU and Sign act on every entry, so dW
+is not of low rank. And "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
 
-An example. r1 = r2 = 1, s = 1, and the gradient G = dL/dW is 0.5 everywhere: every weight should fall.
+An example: r1 = r2 = 1, s = 1, and the gradient G = dL/dW is 0.5 everywhere, so every weight should fall.
 
-    B = [ 1]   A = [2 -1]     BA = [ 2 -1]   ReLU(BA) = [2 0]
-        [-1]                       [-2  1]              [0 1]      dW = [2  0]
-    D = [ 1]   C = [0.1 1]    DC = [ 0.1  1]  Sign(DC) = [+ +]          [0 -1]
-        [-1]                       [-0.1 -1]             [- -]
+    B = [ 1]  A = [2 -1]      BA = [ 2 -1]     ReLU(BA) = [2 0]
+        [-1]                       [-2  1]                [0 1]      dW = [2  0]
+    D = [ 1]  C = [0.1 1]     DC = [ 0.1  1]   Sign(DC) = [+ +]           [0 -1]
+        [-1]                       [-0.1 -1]              [- -]
 
-Going backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity:
+Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity:
 
-    g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]    dB = g_m A^T = [1  ]    dA = B^T g_m = [0.5 0.5]
-                                      [0   -0.5]                   [0.5]
-    g_d = G ⊙ ReLU(BA) = [1  0 ]                    dD = g_d C^T = [0.1]    dC = D^T g_d = [1 -0.5]
-                         [0 0.5]                                   [0.5]
+    g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]     dB = g_m A^T = [1  ]     dA = B^T g_m = [0.5 0.5]
+                                      [0   -0.5]                    [0.5]
+    g_d = G ⊙ ReLU(BA)              = [1  0  ]       dD = g_d C^T = [0.1]     dC = D^T g_d = [1  -0.5]
+                                      [0  0.5]                      [0.5]
 
 One step of SGD at a rate of 0.2 gives
 
-    BA = [ 1.52 -0.88]    DC = [-0.098  1.078]    dW = [-1.52  0   ]
-         [-2.09  1.21]         [ 0.11  -1.21 ]         [ 0    -1.21]
+    BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]
+         [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]
 
-The entry -1 became -1.21: the direction was right, and the size grew. The entry 2 became -1.52: DC was near zero there,
-and its sign turned. That is a jump, by twice the size. The zeros stay: the ReLU holds these two weights, and gradients
-of other entries must move A and B before they can leave. At the start that is so for half of all weights.
+The entry -1 became -1.21: its direction was right, and its size grew. The entry 2 became -1.52: DC was near zero there,
+and the sign turned, a jump by twice the size. The zeros stay. The ReLU passes them no gradient, and only the gradients
+of other entries can move A and B so that they come alive. At the start half of all entries are such zeros.
 
-What cannot be seen in dW is the size of DC. It only says how hard a sign is to turn. A sign turns after some
-DC / (change of DC a step) steps, so init_std and the learning rate decide how freely signs turn.
+The size of DC is invisible in dW. It only says how hard a sign is to turn: init_std against the learning rate decides
+how freely signs turn.
 
-Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: ReLU passes no gradient at 0, and neither
-A nor B would ever move. So all four matrices start random. dW is then not zero, and a factor multiplies it that grows
-from 0 to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one.
+Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: the ReLU passes no gradient at 0, and A and
+B would never move. So all four matrices start random. dW is then not zero, and a factor multiplies it that grows from 0
+to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one. In the paper training collapsed without.
 
 How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm.
 
@@ -50,7 +49,7 @@ How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms
 
     apply_adapters(model, ["q_proj", "v_proj"], r1=4, r2=4)      # freezes all but the adapters
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)    # search from LoRA's rate to four times that
+    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.0)    # search around twice LoRA's rate
     for step, batch in enumerate(batches):
         set_warmup(model, min(1.0, step / 30))
         loss = model(batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
@@ -78,11 +77,11 @@ def sign_(x):
 
 
 class SignSTE(torch.autograd.Function):
-    """The sign's true derivative is zero, and nothing would learn. So the gradient goes "straight through".
+    """Sign(x). Its true derivative is zero, and nothing would learn: so the gradient goes "straight through".
 
     It is clipped to [-1, 1] by value, as in the paper, whatever x is. In float32 and bfloat16 the clip never acted in
-    any run we made, so that other estimators (XNOR-Net's, the plain identity) gave the same weights to the bit. A
-    float16 loss scaler would push nearly every gradient into the clip: do not use one.
+    any run we made, and other estimators (XNOR-Net's, the identity) gave the same weights to the bit. A float16 loss
+    scaler would push nearly every gradient into the clip: do not use one.
     """
 
     @staticmethod
@@ -95,12 +94,12 @@ class SignSTE(torch.autograd.Function):
 
 
 def sign_ste(x):
-    """Sign(x), any shape, two values, differentiable by the estimator above."""
+    """Sign(x), any shape, +1 or -1, differentiable by SignSTE."""
     return SignSTE.apply(x)
 
 
 class AdaptedLinear(nn.Linear):
-    """What all methods share: W0 stays, and `weight` reads W0 + dW (effective_weight). A method defines delta_weight."""
+    """What all methods share: `weight` reads W0 + dW (effective_weight). A method defines delta_weight."""
 
     merged_weight = None  # W0 + dW inside `merged`
 
@@ -175,7 +174,7 @@ class DualLinear(torch.autograd.Function):
             sB = s * B
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
-                torch.addcmul(W0[rows], sW_m, W_d, out=W[rows])
+                W[rows] = sW_m.mul_(W_d).add_(W0[rows])
         y = F.linear(x, W, bias)
         ctx.save_for_backward(x.to(y.dtype), W0, A, B, C, D, s)  # y has autocast's dtype, where that is on
         return y
@@ -186,7 +185,7 @@ class DualLinear(torch.autograd.Function):
         x, W0, A, B, C, D, s = ctx.saved_tensors
         gy_rows = gy.reshape(-1, gy.shape[-1])        # (N, out)
         G = gy_rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
-        W = torch.empty_like(G)
+        gW0 = G.clone() if ctx.needs_input_grad[1] else None
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
         compiling = torch.compiler.is_compiling()
         if compiling:
@@ -197,17 +196,15 @@ class DualLinear(torch.autograd.Function):
             sB = s * B
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
-                torch.addcmul(W0[rows], sW_m, W_d, out=W[rows])
-                G_rows = G[rows].to(A.dtype)
-                g_m = W_d.mul_(G_rows).mul_(sW_m.sign())  # sW_m >= 0, so its sign is [BA > 0]
-                g_d = sW_m.mul_(G_rows).clamp_(-1, 1)
+                g = G[rows].to(A.dtype)
+                g_m = sW_m.sign().mul_(g).mul_(W_d)  # sW_m >= 0, so its sign is [BA > 0]
+                g_d = (sW_m * g).clamp_(-1, 1)
                 dA.addmm_(sB[rows].t(), g_m)
+                dB[rows] = s * (g_m @ A.t())
                 dC.addmm_(D[rows].t(), g_d)
-                torch.mm(g_m, A.t(), out=dB[rows])
-                torch.mm(g_d, C.t(), out=dD[rows])
-            dB.mul_(s)
-        gx = gy @ W if compiling or ctx.needs_input_grad[0] else None  # compiled by torch 2.4, the answer is wrong
-        gW0 = G if ctx.needs_input_grad[1] else None
+                dD[rows] = g_d @ C.t()
+                G[rows] = sW_m.mul_(W_d).add_(W0[rows])  # G is read: W takes its place
+        gx = gy @ G if compiling or ctx.needs_input_grad[0] else None  # compiled by torch 2.4, the answer is wrong
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return gx, gW0, gbias, dA, dB, dC, dD, None
 

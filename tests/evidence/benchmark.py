@@ -31,9 +31,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
-from dual_lora import DoRALinear, DualLoRALinear, LoRALinear, adapted_layers, apply_adapters  # noqa: E402
+from dual_lora import (DualLoRALinear, LoRALinear, adapted_layers, apply_adapters, autocast_off,  # noqa: E402
+                       base_weight, merged, sign_ste)
+from methods import DoRALinear  # noqa: E402
 from model import GPT, Classifier, GPTConfig, load_pretrained  # noqa: E402
 from train import compile_training  # noqa: E402
 
@@ -100,10 +102,11 @@ def seconds_for_dW(entries, rank, itemsize, compiled, speeds):
 
     compiled     BA and DC are written and read once in each pass, 4 * 8 bytes an entry. g_m and g_d are written once
                  and read twice, 24. W0 is read and W written in each pass, and G read: 5 itemsize.
-    as it is     every line of DualLinear reads and writes on its own. Counted line by line: 70 and 140 bytes.
+    as it is     every line of DualLinear reads and writes on its own. Counted line by line: 64 and 136 bytes, and the
+                 same 5 itemsize.
     arithmetic   BA and DC twice, and four products for the gradients, in float32: 8 operations an entry and rank.
     """
-    n_bytes = 56 + 5 * itemsize if compiled else 210
+    n_bytes = (56 if compiled else 200) + 5 * itemsize
     return entries * (n_bytes / speeds["bytes"] + 8 * rank / speeds["float32"])
 
 
@@ -128,10 +131,13 @@ def measure_speeds(device):
 
 
 class PlainAutograd(DualLoRALinear):
-    """The formula as the paper prints it, left to autograd."""
+    """The formula left to autograd, as well as it can be written: three matrices of the weight's shape are kept."""
 
     def forward(self, x):
-        W = (self.weight + self.delta_weight()).to(self.weight.dtype)
+        W0 = self._parameters["weight"]
+        with autocast_off(W0):
+            sW_m = (self.warmup * self.scaling * self.lora_B @ self.lora_A).relu()
+            W = (W0 + sW_m * sign_ste(self.lora_D @ self.lora_C)).to(W0.dtype)
         return F.linear(x, W, self.bias)
 
 
@@ -244,6 +250,26 @@ def build_model(method, base, targets, rank):
     return model.train()
 
 
+def evaluation(training, idx):
+    """[seconds to enter `merged`, of a forward pass inside, to leave it, peak of all]: an evaluation's columns."""
+    model, times = training.model.eval(), []
+
+    def evaluate():
+        began = clock(idx.device)
+        with merged(model), torch.no_grad():
+            times.append(clock(idx.device) - began)
+            training.loss(idx)
+            times.append(clock(idx.device) - began)
+        times.append(clock(idx.device) - began)
+
+    peak = peak_bytes(evaluate, idx.device)
+    evaluate()  # again: a CPU's first time is another
+    model.train()
+    entered, inside, left = times[-3:]
+    return [f"{entered:.2f}", f"{inside - entered:.2f}", f"{left - inside:.2f}",
+            megabytes(peak and peak + training.standing_bytes())]
+
+
 class Training:
     """A model and its optimizer; called with token ids, it takes a step and returns its seconds."""
 
@@ -273,7 +299,7 @@ class Training:
 
 def predicted_seconds(training, method, tokens, rank, lora, checkpointing, speeds):
     """From LoRA's seconds: what dW costs, and G, a third large product where LoRA makes two."""
-    weights = [layer.weight for layer in adapted_layers(training.model).values()]
+    weights = [base_weight(layer) for layer in adapted_layers(training.model).values()]
     entries = sum(weight.numel() for weight in weights)
     surplus = seconds_for_dW(entries, rank, weights[0].itemsize, COMPILED in method, speeds)
     return lora + surplus * (4 / 3 if checkpointing else 1) + 2 * entries * tokens / speeds["bfloat16"]
@@ -307,9 +333,11 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
                 rows[size].append([
                     method, f"{median:.3f}", f"{tokens / median:,.0f}", ratio(seconds, lora[size]),
                     predicted and f"{predicted:.3f}", f"{sum(p.numel() for p in training.trainable):,}",
-                    megabytes(kept), megabytes(peak and peak + training.standing_bytes())])
+                    megabytes(kept), megabytes(peak and peak + training.standing_bytes()),
+                    *(evaluation(training, idx) if method in ("lora", "dual_lora") else [])])
         del trainings, steps
-    header = ["", "s a step", "tokens/s", "to lora", "predicted s", "trainable", "kept MB", "peak MB"]
+    header = ["", "s a step", "tokens/s", "to lora", "predicted s", "trainable", "kept MB", "peak MB",
+              "s into merged", "s inside", "s out", "peak MB of it"]
     return {size: table(header, rows[size]) for size in sizes}
 
 
