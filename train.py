@@ -109,55 +109,6 @@ class Config:
             self.out_dir = f"out/{Path(self.task).resolve().name}-{self.method}"
 
 
-def parse(arguments):
-    """Config from ["--name=value", ...]; ValueError for what is no option or no value of it. --help prints the list."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--name=value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    for f in dataclasses.fields(Config):
-        kind = (typing.get_args(f.type) or (f.type,))[0]  # int, of int and of int | None
-        convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --out_dir=~/x alone
-        parser.add_argument(f"--{f.name}", type=convert, default=f.default, **f.metadata)
-    cfg = Config(**vars(parser.parse_args(arguments)))
-    check(cfg)
-    return cfg
-
-
-def refuse(message):
-    raise ValueError(message)
-
-
-def true_or_false(text):
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
-
-
-def check(cfg):
-    """ValueError for a number out of range, and for options that do nothing or contradict each other."""
-    may_be_0 = ("dropout", "scale_warmup_steps", "lr_warmup_steps", "max_steps", "grad_clip", "seed")
-    for name, value in vars(cfg).items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
-            raise ValueError(f"--{name}={value}: it should be {'at least' if name in may_be_0 else 'above'} 0")
-    layer = METHODS[cfg.method][0]
-    is_dual = layer is not None and issubclass(layer, DualLoRALinear)
-    idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
-    idle += () if layer else ("targets", "r", "alpha", "dropout")
-    for name in idle:
-        if getattr(cfg, name) != getattr(Config, name):
-            raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
-    if is_dual and cfg.r % 2 and not (cfg.r1 and cfg.r2):
-        raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
-    if cfg.max_steps is not None and cfg.epochs is not None:
-        raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs}: give one of them")
-    if cfg.train_on_prompt and cfg.protocol == "likelihood":
-        raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
-    if cfg.method == "full" and cfg.weights != "float32":
-        raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
-
-
 # ---- Defaults: what is not set, by kind of model. Each row was measured with one small model. ------------------------
 
 RIGHT_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
@@ -349,7 +300,8 @@ def train(cfg):
                     if name not in ("out_dir", "resume", "overwrite", "predict")}
         device, has_head = torch.device(cfg.device), isinstance(model, Classifier)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-        step, history, n_summed, loss_sum = 0, [], 0, torch.zeros((), device=device)
+        step, history = 0, []
+        loss_sum, n_summed = torch.zeros((), device=device), 0  # since the last progress line
         if earlier:
             step, history, n_summed = earlier["step"], earlier["history"], earlier["n_summed"]
             loss_sum += earlier["loss_sum"].to(device)
@@ -380,8 +332,10 @@ def train(cfg):
             if batches is None or step % n_batches == 0:
                 batches = epoch_batches(examples, cfg.batch_size, cfg.seed, step // n_batches)
             batch = [examples[i] for i in batches[step % n_batches]]
-            right_rows = [] if has_head else [example.rows[example.label] for example in batch]
-            n_targets = len(batch) if has_head else sum(len(row.ids) - row.start for row in right_rows)
+            n_targets = len(batch)
+            if not has_head:  # tokens of the right answers
+                rows = [example.rows[example.label] for example in batch]
+                n_targets = sum(len(row.ids) - row.start for row in rows)
 
             torch.manual_seed(cfg.seed * SEED_STRIDE + step)  # dropout is a function of seed and step, as the batch is
             size = cfg.micro_batch_size or len(batch)
@@ -403,10 +357,10 @@ def train(cfg):
                 raise FloatingPointError(f"the loss is NaN or infinite at step {step}: try a lower --learning_rate")
             if logging:
                 history.append({"step": step, "loss": loss_sum.item() / n_summed})
-                n_summed, loss_sum = 0, torch.zeros_like(loss_sum)
-                seconds_left = (time.time() - began) / (step - first) * (cfg.max_steps - step)
-                print(f"step {step}/{cfg.max_steps} | loss {history[-1]['loss']:.4f} | {seconds_left / 60:.1f} minutes left",
+                minutes = (time.time() - began) / (step - first) * (cfg.max_steps - step) / 60
+                print(f"step {step}/{cfg.max_steps} | loss {loss_sum / n_summed:.4f} | {minutes:.1f} min left",
                       flush=True)
+                n_summed, loss_sum = 0, torch.zeros_like(loss_sum)
             if cfg.eval_interval and step % cfg.eval_interval == 0 and not last:
                 with autocast:
                     values = evaluate(model, task, validation, tokenizer, device)
@@ -533,6 +487,58 @@ def finished_run(folder):
         return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         raise ValueError(f"{folder} holds no finished run: no metrics.jsonl that can be read") from None
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+def parse(arguments):
+    """Config from ["--name=value", ...]; ValueError for what is no option or no value of it. --help prints the list."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--name=value ...]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    for f in dataclasses.fields(Config):
+        kind = (typing.get_args(f.type) or (f.type,))[0]  # int, of int and of int | None
+        convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --out_dir=~/x alone
+        parser.add_argument(f"--{f.name}", type=convert, default=f.default, **f.metadata)
+    cfg = Config(**vars(parser.parse_args(arguments)))
+    check(cfg)
+    return cfg
+
+
+def refuse(message):
+    raise ValueError(message)
+
+
+def true_or_false(text):
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+def check(cfg):
+    """ValueError for a number out of range, and for options that do nothing or contradict each other."""
+    may_be_0 = ("dropout", "scale_warmup_steps", "lr_warmup_steps", "max_steps", "grad_clip", "seed")
+    for name, value in vars(cfg).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
+            raise ValueError(f"--{name}={value}: it should be {'at least' if name in may_be_0 else 'above'} 0")
+    layer = METHODS[cfg.method][0]
+    is_dual = layer is not None and issubclass(layer, DualLoRALinear)
+    idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
+    idle += () if layer else ("targets", "r", "alpha", "dropout")
+    for name in idle:
+        if getattr(cfg, name) != getattr(Config, name):
+            raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
+    if is_dual and cfg.r % 2 and not (cfg.r1 and cfg.r2):
+        raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
+    if cfg.max_steps is not None and cfg.epochs is not None:
+        raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs}: give one of them")
+    if cfg.train_on_prompt and cfg.protocol == "likelihood":
+        raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
+    if cfg.method == "full" and cfg.weights != "float32":
+        raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
 
 
 def main(arguments):

@@ -19,53 +19,50 @@ step() {
     echo "| $name | $((SECONDS - began)) | $result |" | tee -a "$out/steps.md"
 }
 
-# killed LINES FOLDER COMMAND...: SIGKILL as soon as FOLDER/metrics.jsonl has so many lines.
+# killed FOLDER COMMAND...: SIGKILL as soon as FOLDER holds a checkpoint.
 killed() {
-    local lines=$1 folder=$2
-    shift 2
+    local folder=$1
+    shift
     rm -rf "$folder"
     "$@" &
-    while kill -0 $! && [ "$(cat "$folder/metrics.jsonl" | wc -l)" -lt "$lines" ]; do sleep 0.1; done 2>/dev/null
+    while kill -0 $! && [ ! -e "$folder/checkpoint.pt" ]; do sleep 0.1; done 2>/dev/null
     kill -KILL $!
     wait $!
-    [ "$(wc -l <"$folder/metrics.jsonl")" -ge "$lines" ]
+    [ -e "$folder/checkpoint.pt" ]
 }
 export -f killed
 
 item1() {
-    local run="$python train.py --device=$device" losses=50 lines=12 suite=tests arc=""
+    local run="$python train.py --device=$device --overwrite=true" suite=tests arc=""
     if [ "$small" ]; then
-        run="$run --max_steps=24 --eval_examples=50 --checkpoint_interval=5 --log_interval=2"
-        losses=10 lines=4 suite=tests/test_evidence.py arc="--max_steps=2 --eval_examples=20"
+        run="$run --max_steps=24 --eval_examples=50 --checkpoint_interval=5"
+        suite=tests/test_metrics.py arc="--max_steps=2 --eval_examples=20"
     fi
     step pytest $python -m pytest -q $suite
     step sarcasm $run --out_dir="$out/sarcasm"
-    step killed bash -c "killed $lines $out/resumed $run --out_dir=$out/resumed"
+    step killed bash -c "killed $out/resumed $run --out_dir=$out/resumed"
     step resumed $run --out_dir="$out/resumed" --resume=true
-    run="$run --log_interval=1"
-    step losses bash -c "killed $losses $out/losses $run --out_dir=$out/losses"
-    step losses_cpu bash -c "killed $losses $out/losses_cpu $run --device=cpu --out_dir=$out/losses_cpu"
-    run=${run% *}
+    step losses bash -c "killed $out/losses $run --log_interval=1 --out_dir=$out/losses"
+    step losses_cpu bash -c "killed $out/losses_cpu $run --log_interval=1 --device=cpu --out_dir=$out/losses_cpu"
     step arc_easy $run --task=arc_easy $arc --out_dir="$out/arc_easy"
     step sarcasm_compiled $run --compile=true --out_dir="$out/sarcasm_compiled"
     step arc_easy_compiled $run --task=arc_easy $arc --compile=true --out_dir="$out/arc_easy_compiled"
-    $python - "$out" "$losses" <<'END'
-import json, pathlib, sys
-def lines(run):
-    path = pathlib.Path(sys.argv[1], run, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-print("\n| run | result | killed and resumed |\n|---|---|---|")
-for run in ("sarcasm", "resumed", "sarcasm_compiled", "arc_easy", "arc_easy_compiled"):
-    end = lines(run)[-1:]
-    result = f"{end[0]['metric']} {end[0]['value']:.4f}" if end and "final" in end[0] else "none"
-    same = ("the same line" if end == lines("sarcasm")[-1:] else "ANOTHER LINE") if run == "resumed" else ""
-    print(f"| {run} | {result} | {same} |")
-pairs = [(a["step"], a["loss"], b["loss"]) for a, b in zip(lines("losses"), lines("losses_cpu"))][:int(sys.argv[2])]
-print("\n| step | loss here | loss on a CPU in float32 |\n|---:|---:|---:|")
-for step, here, cpu in pairs[:1] + pairs[4::5]:
-    print(f"| {step} | {here:.4f} | {cpu:.4f} |")
-print("largest difference:", max((abs(a - b) for _, a, b in pairs), default="no losses"))
-END
+    printf '"%s"\n' "area man wins pie contest" "senate passes budget after long debate" >"$out/texts.jsonl"
+    step predict $python train.py --device=$device --predict="$out/texts.jsonl" --out_dir="$out/sarcasm"
+    printf '\n| run | its last line |\n|---|---|\n'
+    for name in sarcasm resumed sarcasm_compiled arc_easy arc_easy_compiled predict; do
+        echo "| $name | $(tail -n 1 "$out/$name.log") |"
+    done
+    cmp "$out"/{sarcasm,resumed}/metrics.jsonl && echo "killed and resumed: the same numbers"
+    printf '\n| step, loss here | on a CPU in float32 |\n|---|---|\n'
+    paste -d "|" <(losses losses) <(losses losses_cpu) | sed -n 's/.*/| & |/; 1p; 0~5p'
+    paste -d " " <(losses losses) <(losses losses_cpu) | awk 'NF == 4 {d = $2 - $4; d = d < 0 ? -d : d; if (d > most) most = d}
+        END {print "largest difference of " NR " losses: " most + 0}'
+}
+
+# losses NAME: lines of "step loss" from a run's log.
+losses() {
+    sed -n 's#^step \([0-9]*\)/[0-9]* | loss \([0-9.]*\) .*#\1 \2#p' "$out/$1.log"
 }
 
 benchmark="$python tests/evidence/benchmark.py --device=$device"
