@@ -67,6 +67,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 # ---- The method ------------------------------------------------------------------------------------------------------
 
@@ -77,11 +79,10 @@ def sign_(x):
 
 
 class SignSTE(torch.autograd.Function):
-    """Sign(x). Its true derivative is zero, and nothing would learn: so the gradient goes "straight through".
-
-    It is clipped to [-1, 1] by value, as in the paper, whatever x is. In float32 and bfloat16 the clip never acted in
-    any run we made, and other estimators (XNOR-Net's, the identity) gave the same weights to the bit. A float16 loss
-    scaler would push nearly every gradient into the clip: do not use one.
+    """Sign(x), any shape. Its true derivative is zero, and nothing would learn: so the gradient goes straight
+    through, clipped to [-1, 1] by value, as in the paper. In float32 and bfloat16 the clip never acted in any run we made, and
+    other estimators (XNOR-Net's, the identity) gave the same weights to the bit. A float16 loss scaler would push
+    nearly every gradient into the clip: do not use one.
     """
 
     @staticmethod
@@ -93,9 +94,7 @@ class SignSTE(torch.autograd.Function):
         return grad.clamp(-1, 1)
 
 
-def sign_ste(x):
-    """Sign(x), any shape, +1 or -1, differentiable by SignSTE."""
-    return SignSTE.apply(x)
+sign_ste = SignSTE.apply
 
 
 class AdaptedLinear(nn.Linear):
@@ -343,8 +342,7 @@ def load_adapter(model, path):
 def merge_adapters(model):
     """Turn every adapted layer back into the plain one, with W0 + dW; returns model. There is no way back.
 
-    The sum is formed in float32 and rounded once. A bfloat16 weight cannot take up what is below half a unit in its
-    last place.
+    A bfloat16 weight cannot take up what is below half a unit in its last place.
     """
     if isinstance(model, AdaptedLinear):
         return plain_layer(model)
@@ -381,9 +379,9 @@ def merged(model):
 
 
 def take_over(layer, linear, **settings):
-    """Make `layer` a double of `linear`: its parameters, frozen, and all else that hangs on it, such as hooks and flags.
+    """Give `layer` the parameters of `linear`, frozen, and all else that hangs on it, such as hooks and flags.
 
-    It stands for nn.Linear.__init__, which would allocate a second weight. `settings` rebuild the layer from its file.
+    In place of nn.Linear.__init__, which would allocate a second weight. `settings` rebuild the layer from its file.
     """
     for name, value in settings.items():
         if name in ("r", "r1", "r2"):
@@ -409,8 +407,7 @@ def take_over(layer, linear, **settings):
 def new_parameter(layer, *shape, std, uniform=False):
     """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device, and without nn.init, which
     some loaders switch off."""
-    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-    bound = math.sqrt(3) * std
+    drawn, bound = torch.empty(shape, dtype=torch.float32, device="cpu"), math.sqrt(3) * std
     drawn = drawn.uniform_(-bound, bound) if uniform else drawn.normal_(std=std)
     return nn.Parameter(drawn.to(layer._parameters["weight"].device))
 
@@ -488,18 +485,11 @@ def named_tensors(model):
     return {name: t for name, t in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
-WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
-
-
 def unwrapped(model):
-    """The model inside wrappers that put something before every name."""
-    while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile's
-            model = model._orig_mod
-        elif isinstance(model, WRAPPERS):
-            model = model.module
-        else:
-            return model
+    """The model inside wrappers that put something before every name, such as torch.compile's."""
+    while hasattr(model, "_orig_mod") or isinstance(model, (DistributedDataParallel, nn.DataParallel, AveragedModel)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def plain_name(name):

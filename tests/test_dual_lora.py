@@ -713,6 +713,47 @@ def test_on_a_gpu_w0_waits_in_the_cpus_memory_inside_merged(monkeypatch):
         assert dict(layer.named_parameters())["weight"] is W0
 
 
+def readme(opening):
+    """The README's piece of Python that begins so."""
+    path = os.path.join(os.path.dirname(dual_lora.__file__), "README.md")
+    with open(path, encoding="utf-8") as file:
+        blocks = [block.partition("```")[0] for block in file.read().split("```python\n")[1:]]
+    return next(block for block in blocks if block.startswith(opening))
+
+
+def test_the_readmes_ten_lines_are_the_layer_under_autocast_too():
+    names = {"torch": torch, "nn": nn, "F": F, "math": math, "sign_ste": sign_ste}
+    exec(readme("class DualLoRALinear"), names)
+    layer, theirs = randomise(DualLoRALinear(nn.Linear(256, 512), r1=8, r2=8)), nn.Module.__new__(names["DualLoRALinear"])
+    theirs.__dict__.update(layer.__dict__, W0=dict(layer.named_parameters())["weight"])
+    set_warmup(layer, 0.5)
+    x, found = torch.randn(64, 256), []
+    for module in (layer, theirs):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        y.float().square().mean().backward()
+        found.append([y, module.delta_weight(), *gradients(layer)])
+    for ours, other in zip(*found):
+        torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-5)
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model, _ = hugging_face("roberta")
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda name: model)
+    batches = [{"input_ids": torch.randint(2, 50, (4, 7)), "labels": torch.tensor([0, 1, 0, 1])} for _ in range(40)]
+    names = {"torch": torch, "batches": batches, "validation": batches[:1],
+             "AutoModelForSequenceClassification": transformers.AutoModelForSequenceClassification}
+    exec(readme("from dual_lora import"), names)
+    again = type(model).from_pretrained("out").eval()
+    assert torch.equal(again(**batches[0]).logits.argmax(-1), names["predictions"][0])
+    fresh, _ = hugging_face("roberta")
+    fresh = load_adapter(fresh, "adapter.pt").eval()
+    torch.testing.assert_close(fresh(**batches[0]).logits, again(**batches[0]).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_file_needs_torch_and_the_standard_library_alone():
     with open(dual_lora.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read())
