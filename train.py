@@ -112,22 +112,24 @@ class Config:
 # ---- Defaults: what is not set, by kind of model. Each row was measured with one small model. ------------------------
 
 RIGHT_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
-ENCODERS = dict(measured_on="minilm", init_std=0.05, max_length=128, max_steps=560,
-                learning_rate={"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2})
-GPTS = dict(measured_on="smollm2", init_std=0.02, max_length=256, max_steps=200,
-            learning_rate={"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3})
+ENCODERS = dict(init_std=0.05, max_length=128, max_steps=560,
+                rates={"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2})
+GPTS = dict(init_std=0.02, max_length=256, max_steps=200,
+            rates={"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3})
 NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
 
 def fill(cfg, is_gpt, longest, n_train):
-    """cfg with every option set. longest: how many tokens the model takes."""
-    row = dict(GPTS if is_gpt else ENCODERS)
-    source, rates = RIGHT_NAMES[row.pop("measured_on")], row["learning_rate"]
-    row["learning_rate"] = rates.get(cfg.method, rates["lora"])
-    row["max_length"] = min(row["max_length"], longest)
+    """cfg with every option set that does something. longest: how many tokens the model takes."""
+    source, row = ("SmolLM2-135M-Instruct", GPTS) if is_gpt else ("all-MiniLM-L6-v2", ENCODERS)
+    steps = row["max_steps"]
     if cfg.epochs is not None:
-        row["max_steps"] = max(1, round(cfg.epochs * max(1, n_train // cfg.batch_size)))
-    unset = {name: value for name, value in row.items() if getattr(cfg, name) is None}
+        steps = max(1, round(cfg.epochs * max(1, n_train // cfg.batch_size)))
+    values = {"learning_rate": row["rates"].get(cfg.method, row["rates"]["lora"]), "max_steps": steps,
+              "max_length": min(row["max_length"], longest)}
+    if "init_std" in METHODS[cfg.method][1]:
+        values["init_std"] = row["init_std"]
+    unset = {name: value for name, value in values.items() if getattr(cfg, name) is None}
     if unset:
         print(f"not set, so as measured on {source} (another model may want another learning rate): "
               + ", ".join(f"{name} {value:g}" for name, value in unset.items()))
@@ -326,9 +328,9 @@ def train(cfg):
                 break
 
             # The learning rate rises in a straight line to its peak, then falls in one to 0.
-            rise, fall = max(1, cfg.lr_warmup_steps), max(1, cfg.max_steps - cfg.lr_warmup_steps)
-            optimizer.param_groups[0]["lr"] = min(cfg.learning_rate * (step + 1) / rise,
-                                                  cfg.learning_rate * (cfg.max_steps - step) / fall)
+            rise = cfg.learning_rate * (step + 1) / max(1, cfg.lr_warmup_steps)
+            fall = cfg.learning_rate * (cfg.max_steps - step) / max(1, cfg.max_steps - cfg.lr_warmup_steps)
+            optimizer.param_groups[0]["lr"] = min(rise, fall)
             if batches is None or step % n_batches == 0:
                 batches = epoch_batches(examples, cfg.batch_size, cfg.seed, step // n_batches)
             batch = [examples[i] for i in batches[step % n_batches]]
@@ -384,9 +386,8 @@ def train(cfg):
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
         temporary.replace(folder / "metrics.jsonl")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"{folder} holds the result: python train.py --predict=texts.jsonl --out_dir={folder}\n"
-          f"{task.name}, {cfg.method}: {task.metric} {values[task.metric]:.4f} at the last step, "
-          f"on {len(validation):,} examples")
+    print(f"to use it: python train.py --predict=texts.jsonl --out_dir={folder}\n{task.name}, {cfg.method}: "
+          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples")
     return history[-1]
 
 
