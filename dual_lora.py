@@ -27,7 +27,7 @@ Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as i
     g_d = G ⊙ ReLU(BA)              = [1  0  ]       dD = g_d C^T = [0.1]     dC = D^T g_d = [1  -0.5]
                                       [0  0.5]                      [0.5]
 
-One step of SGD at a rate of 0.2 gives
+One step of SGD at a rate of 0.2:
 
     BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]
          [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]
@@ -79,11 +79,10 @@ def sign_(x):
 
 
 class SignSTE(torch.autograd.Function):
-    """Sign(x), any shape. Its true derivative is zero, and nothing would learn: so the gradient goes straight
-    through, clipped to [-1, 1] by value, as in the paper. In float32 and bfloat16 the clip never acted in any run we made, and
-    other estimators (XNOR-Net's, the identity) gave the same weights to the bit. A float16 loss scaler would push
-    nearly every gradient into the clip: do not use one.
-    """
+    """Sign(x), any shape. Its true derivative is zero, and nothing would learn. So the gradient goes straight through,
+    clipped to [-1, 1] by value as in the paper. In float32 and bfloat16 the clip never acted in any run we made, and
+    other estimators (XNOR-Net's, the identity) gave the same weights to the bit. Do not use a float16 loss scaler,
+    which would push nearly every gradient into the clip."""
 
     @staticmethod
     def forward(ctx, x):
