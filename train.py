@@ -192,10 +192,12 @@ def build(cfg, task=None, adapter=None):
 
 
 def pick_device(cfg):
-    """cfg without "auto"."""
-    device, dtype = cfg.device, cfg.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """cfg without "auto"; ValueError for a device that this machine lacks."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there, dtype = [kind for kind in kinds if kinds[kind]], cfg.dtype
+    device = there[0] if cfg.device == "auto" else cfg.device
+    if device.partition(":")[0] not in there:
+        raise ValueError(f"--device={device}: this machine has {', '.join(there)}")
     if dtype == "auto":  # cards before compute capability 8, such as a T4, only emulate bfloat16
         fast = device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 8
         dtype = "bfloat16" if fast else "float32"
