@@ -141,8 +141,9 @@ def own_task(folder):
         raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl")
     files = folder / "train.jsonl", folder / "validation.jsonl"
     for file, tables in zip(files, ("*.[ct]sv", "validation.[ct]sv")):
-        for table in sorted(folder.glob(tables)) if not file.is_file() else ():
-            refuse_table(table)
+        if not file.is_file():
+            for table in sorted(folder.glob(tables)):
+                refuse_table(table)
     if not files[0].is_file():
         raise ValueError(f"{folder} has no train.jsonl, which should hold one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
@@ -208,7 +209,7 @@ def hold_out(task):
     for i in order:
         groups.setdefault(text_key(task.train[i]), []).append(i)
     if len(groups) < 2:
-        raise ValueError(f"{task.name}: no training example can be held out: they are {len(order)}, and of one text")
+        raise ValueError(f"{task.name} has one text to train on, in {len(order)} examples: none can be held out")
     held = []
     while len(held) < min(1000, len(order) // 10) or not held:
         held += groups.pop(next(iter(groups)))
@@ -218,7 +219,7 @@ def hold_out(task):
 
 def first_of_each(examples, n):
     """The first n examples of each "set"; all of them if n is None."""
-    seen, kept = Counter(), []
+    kept, seen = [], Counter()
     for example in examples:
         seen[example.get("set", "")] += 1
         if n is None or seen[example.get("set", "")] <= n:

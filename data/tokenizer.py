@@ -33,7 +33,7 @@ SPECIAL = {
 
 # Settings that change the ids, with the only values of them that are supported.
 CONFIG = {"word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpiece",), "do_basic_tokenize": (True,),
-          "never_split": ([],), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
+          "never_split": ([],), "clean_text": (True,), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
 SENTENCEPIECE = {"do_lower_case": (False,), "add_prefix_space": (True,)}
 BYTE_LEVEL = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
               "byte_fallback": (False,)}

@@ -207,7 +207,7 @@ def test_tuning_data_are_held_out_beside_the_validation_data(tmp_path):
 
 @pytest.mark.parametrize("train", [[CHOICE], [CHOICE] * 5])
 def test_where_nothing_can_be_held_out_one_line_says_so(train, tmp_path):
-    with pytest.raises(ValueError, match="no training example can be held out"):
+    with pytest.raises(ValueError, match="has one text to train on, in [15] examples: none can be held out"):
         load_task(write_task(tmp_path, train, None))
 
 
