@@ -164,8 +164,18 @@ def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
     save(plt, figure, path)
 
 
+def by_rate(methods):
+    """{label and learning rate: [runs]}"""
+    rows = {}
+    for label, runs in methods.items():
+        for run in runs:
+            rows.setdefault(f"{label}, at {run['learning_rate']:g}", []).append(run)
+    return rows
+
+
 def draw_seeds(plt, path, tasks):
-    """A panel a task, a row a method, a dot a run; at the right how many runs came near the panel's best."""
+    """A panel a task, a row a method and rate, a dot a run; at the right how many runs came near the panel's best."""
+    tasks = {task: by_rate(methods) for task, methods in tasks.items()}
     heights = [len(methods) for methods in tasks.values()]
     figure, axes = plt.subplots(len(tasks), 1, figsize=(7, sum(0.36 * n + 0.75 for n in heights)), squeeze=False,
                                 height_ratios=heights, layout="constrained")
