@@ -384,7 +384,7 @@ def train(cfg):
             "examples": len(validation), "trainable": n_trained, "task": task.name, "kind": task.kind,
             "classes": task.classes, "settings": settings})
         save_adapter(model, folder / "adapter.pt")
-        temporary = folder / f"metrics.jsonl.{os.getpid()}"
+        temporary = folder / f"metrics.jsonl.{os.getpid()}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
         temporary.replace(folder / "metrics.jsonl")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -450,6 +450,8 @@ def claim(cfg):
             raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
         except OSError:
             pass  # a file system without locks
+        for half in folder.glob("*.tmp"):  # of a run that was killed while it saved
+            half.unlink()
         yield earlier_run(folder, cfg)
     finally:
         if fcntl:

@@ -378,6 +378,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_numbers(toys, tmp_path)
     assert subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True).returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
     assert run(toys, tmp_path / "cut", *more, "--resume=true") == whole
+    assert sorted(files(tmp_path / "cut")) == ["adapter.pt", "metrics.jsonl"]
 
 
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(toys, tmp_path, capsys):
