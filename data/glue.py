@@ -90,20 +90,18 @@ def read_glue(name, data_dir):
     task, splits = GLUE[name], []
     for part in task.parts:
         path = Path(data_dir) / task.folder / part
-        rows = read_table(path, task.columns, skip_incomplete=name == "qqp")
-        splits.append([make_example(task, *fields) for fields in rows])
-        if not splits[-1]:
+        examples = []
+        for where, label, *texts in read_table(path, task.columns, skip_incomplete=name == "qqp"):
+            examples.append(dict(zip(("text_a", "text_b"), map(str.strip, texts))))
+            examples[-1]["label"] = label_number(label, task.classes, where)
+        splits.append(examples)
+        if not examples:
             raise ValueError(f"{path} is empty: it should hold {name}'s examples")
     train, validation, *mismatched = splits
     if mismatched:  # MNLI's two validation sets become parts of one, which are scored one by one
         validation = [{**example, "set": "matched"} for example in validation]
         validation += [{**example, "set": "mismatched"} for example in mismatched[0]]
     return train, validation
-
-
-def make_example(task, where, label, *texts):
-    texts = {name: text.strip() for name, text in zip(("text_a", "text_b"), texts)}
-    return {**texts, "label": label_number(label, task.classes, where)}
 
 
 def label_number(label, classes, where):
