@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
+from data.download import model_folder  # noqa: E402
 from dual_lora import (DualLoRALinear, LoRALinear, adapted_layers, apply_adapters, autocast_off,  # noqa: E402
                        base_weight, merged, sign_ste)
 from methods import DoRALinear  # noqa: E402
@@ -231,6 +232,27 @@ def base_model(source, device):
     return model
 
 
+class HuggingFace(nn.Module):
+    """The same model by transformers, with LoRA by peft."""
+
+    def __init__(self, source, rank, device):
+        super().__init__()
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        causal = source == "smollm2"
+        cls = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        targets = LLAMA_TARGETS if causal else ["query", "value"]
+        self.model = with_peft(cls.from_pretrained(model_folder(source)).to(device), targets, rank)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(p.requires_grad or name.startswith("classifier"))
+
+    def forward(self, idx, targets=None):
+        """As our models: (logits, loss) of a GPT, logits of a classifier."""
+        logits = self.model(idx).logits
+        if targets is None:
+            return logits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 def build_model(method, base, targets, rank):
     """The method's model: modules of its own around base's weights, with adapters."""
     model = base if method == "full" else copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -273,15 +295,16 @@ def evaluation(training, idx):
 class Training:
     """A model and its optimizer; called with token ids, it takes a step and returns its seconds."""
 
-    def __init__(self, model, checkpointing):
-        self.model = model
-        getattr(model, "backbone", model).gradient_checkpointing = checkpointing
+    def __init__(self, model, causal, checkpointing):
+        self.model, self.causal = model, causal
+        if not isinstance(model, HuggingFace):
+            getattr(model, "backbone", model).gradient_checkpointing = checkpointing
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=True)
 
     def loss(self, idx):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
-            if isinstance(self.model, Classifier):
+            if not self.causal:
                 return F.cross_entropy(self.model(idx).float(), idx[:, 0] % 2)
             return self.model(idx, idx.roll(-1, dims=1))[1]
 
@@ -314,7 +337,10 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
     methods = ["lora", "lora" + COMPILED, "dora", "dual_lora", "dual_lora" + COMPILED] + ["peft lora"] * HAS_PEFT
     rows, lora = {size: [] for size in sizes}, {}
     for group in (methods, ["full"]):
-        trainings = {method: Training(build_model(method, base, targets, rank), checkpointing) for method in group}
+        models = {method: build_model(method, base, targets, rank) for method in group}
+        if HAS_PEFT and isinstance(source, str) and group is methods and not checkpointing:
+            models["transformers, peft lora"] = HuggingFace(source, rank, device).train()
+        trainings = {method: Training(model, isinstance(base, GPT), checkpointing) for method, model in models.items()}
         for size in sizes:
             idx, tokens = torch.randint(vocab_size, size, device=device), size[0] * size[1]
             steps = {method: partial(training, idx) for method, training in trainings.items()}
@@ -335,7 +361,7 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
                     predicted and f"{predicted:.3f}", f"{sum(p.numel() for p in training.trainable):,}",
                     megabytes(kept), megabytes(peak and peak + training.standing_bytes()),
                     *(evaluation(training, idx) if method in ("lora", "dual_lora") else [])])
-        del trainings, steps
+        del models, trainings, steps
     header = ["", "s a step", "tokens/s", "to lora", "predicted s", "trainable", "kept MB", "peak MB",
               "s into merged", "s inside", "s out", "peak MB of it"]
     return {size: table(header, rows[size]) for size in sizes}
