@@ -450,7 +450,7 @@ def claim(cfg):
             raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
         except OSError:
             pass  # a file system without locks
-        for half in folder.glob("*.tmp"):  # of a run that was killed while it saved
+        for half in (*folder.glob("*.pt.*.tmp"), *folder.glob("metrics.jsonl.*.tmp")):  # of a run killed as it saved
             half.unlink()
         yield earlier_run(folder, cfg)
     finally:
