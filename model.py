@@ -26,8 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.download import model_folder
-
 # ---- RoPE and blocks -------------------------------------------------------------------------------------------------
 
 
@@ -567,10 +565,10 @@ UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
           "position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
-def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
-    """The GPT or Encoder of a folder, or of a name that data.download knows, in evaluation mode. .family is its
+def load_pretrained(folder, dtype=torch.float32, device="cpu"):
+    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. .family is its
     model_type. Completely or not at all: ValueError names what is missing, unexpected or misshapen, and the file."""
-    folder = Path(model_folder(str(name_or_folder)))
+    folder = Path(folder)
     (model_class, _, names), config, kind = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
         model = model_class(config).to(dtype)

@@ -211,7 +211,7 @@ def layer_table(layers, shape, tokens, rank, dtype, rounds, device, speeds):
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
 LLAMA = partial(GPTConfig, learned_positions=False, rms_norm=True, activation="silu", gated=True, attention_bias=False,
                 mlp_bias=False, tied=False, n_positions=8192, rope_theta=500000.0)
-MODELS = {  # a name that load_pretrained knows, or a configuration for random weights; targets
+MODELS = {  # a name that model_folder knows, or a configuration for random weights; targets
     "minilm": ("minilm", ["q_proj", "v_proj"]),
     "smollm2": ("smollm2", LLAMA_TARGETS),
     "llama3-8b": (LLAMA(128256, n_layer=32, n_head=32, n_embd=4096, n_inner=14336, n_kv_head=8), LLAMA_TARGETS),
@@ -222,7 +222,7 @@ MODELS = {  # a name that load_pretrained knows, or a configuration for random w
 def base_model(source, device):
     """The frozen model: published weights in float32, random ones in bfloat16, drawn on the device."""
     if isinstance(source, str):
-        model = load_pretrained(source, device=device)
+        model = load_pretrained(model_folder(source), device=device)
         return model if isinstance(model, GPT) else Classifier(model, 2).to(device)
     with torch.device("meta"):
         model = GPT(source).bfloat16()
