@@ -15,8 +15,8 @@ import benchmark  # noqa: E402
 import compare  # noqa: E402
 import draw  # noqa: E402
 import represent  # noqa: E402
-from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, load_adapter,  # noqa: E402
-                       merge_adapters, merged, save_adapter)
+from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, merge_adapters,  # noqa: E402
+                       merged, save_adapter)
 from methods import LAYERS, DoRALinear, adapter_report  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -72,15 +72,6 @@ def test_dora_has_pefts_outputs_gradients_and_merged_weight(dropout):
     plain = merge_adapters(ours)(x), theirs.eval().merge_and_unload()(x)
     torch.testing.assert_close(*plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inside, plain[0])
-
-
-@pytest.mark.parametrize("cls, settings", [(DoRALinear, {"r": 2}), (LAYERS["loha"], {"r1": 2, "r2": 1})])
-def test_a_method_from_here_is_saved_and_loaded_to_the_bit(cls, settings, tmp_path):
-    base, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
-    model = apply_adapters(copy.deepcopy(base), ["0"], cls, **settings)
-    nn.init.normal_(model[0].lora_B)
-    save_adapter(model, tmp_path / "adapter.pt")
-    assert torch.equal(load_adapter(base, tmp_path / "adapter.pt")(x), model(x))
 
 
 def test_the_report_at_the_start_is_what_the_arithmetic_predicts():
