@@ -45,7 +45,7 @@ except ImportError:  # Windows
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
-# A method: the layer that apply_adapters puts in, and the options that go to it.
+# A method: the layer that apply_adapters puts in, and the options that go to it. tests/evidence/methods.py adds more.
 METHODS = {
     "dual_lora": (DualLoRALinear, ("r1", "r2", "alpha", "dropout", "init_std")),
     "lora": (LoRALinear, ("r", "alpha", "dropout")),
@@ -57,7 +57,8 @@ DTYPES = ("float32", "bfloat16")
 
 
 def option(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+    shown = "" if default in (None, False) else f" (default {default})"
+    return field(default=default, metadata={"help": help + shown, "choices": choices})
 
 
 @dataclass
@@ -76,8 +77,8 @@ class Config:
     r2: int | None = option(None, "rank of Dual LoRA's direction group, if not r / 2")
     alpha: float = option(16.0, "scale of dW")
     dropout: float = option(0.0, "on the adapters' input")
-    init_std: float | None = option(None, "of Dual LoRA's matrices at the start; dual_lora.py says how to choose it")
-    scale_warmup_steps: int | None = option(None, "steps in which the factor on Dual LoRA's dW grows; default 30")
+    init_std: float | None = option(None, "of Dual LoRA's four matrices; dual_lora.py, \"How to set it\"")
+    scale_warmup_steps: int | None = option(None, "in which Dual LoRA's dW grows; default 30, at most a third")
     # optimisation
     learning_rate: float | None = option(None, "AdamW's, at its peak")
     lr_warmup_steps: int | None = option(None, "steps in which it grows, by default 6 %% of all; then it falls to 0")
