@@ -68,10 +68,10 @@ def full_update(folder):
 
 
 def best_low_rank(T, r):
-    """The best approximation of rank r, as its factors (n, out, r) and (n, r, in)."""
+    """The best approximation of rank r, as its factors (..., out, r) and (..., r, in)."""
     U, sigma, V = torch.linalg.svd(T)
-    root = sigma[:, :r].sqrt()
-    return U[:, :, :r] * root[:, None], root[:, :, None] * V[:, :r]
+    root = sigma[..., :r].sqrt()
+    return U[..., :r] * root[..., None, :], root[..., :, None] * V[..., :r, :]
 
 
 def start_of_fit(T, method, r, start):
@@ -170,12 +170,13 @@ def main(arguments):
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         found = list(pool.map(shares, [targets[name] for name, _ in keys], [r for _, r in keys]))
     rows = [{"target": name, "r": r, "share": share} for (name, r), share in zip(keys, found)]
+    print(table(["full fine-tuning's update on", "r", *found[0]],
+                [[row["target"], str(row["r"]), *(f"{share:.3f}" for share in row["share"].values())] for row in rows]),
+          flush=True)
 
     parts = {f"{split_spec(task)[0]}, {method}": signal(trained(task, method, 2e-3, args, options), args.eval_examples)
              for task in args.signal_tasks.split(",") for method in ("lora", "dual_lora")}
     (args.out_dir / "represent.json").write_text(json.dumps({"shares": rows, "signal": parts}, indent=1))
-    print(table(["full fine-tuning's update on", "r", *found[0]],
-                [[row["target"], str(row["r"]), *(f"{share:.3f}" for share in row["share"].values())] for row in rows]))
     names = list(dict.fromkeys(name for part in parts.values() for name in part))
     print(table(["share of dW's squared norm, metric", *names],
                 [[name, *(f"{part[key][0]:.2f}, {part[key][1]:.4f}" for key in names)] for name, part in parts.items()]))
