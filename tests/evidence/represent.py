@@ -68,10 +68,10 @@ def full_update(folder):
 
 
 def best_low_rank(T, r):
-    """The best approximation of rank r, as its factors (..., out, r) and (..., r, in)."""
-    U, sigma, V = torch.linalg.svd(T)
+    """The best approximation of rank r of T (..., out, in), as its factors (..., out, r) and (..., r, in)."""
+    U, sigma, V = torch.linalg.svd(T, full_matrices=False)
     root = sigma[..., :r].sqrt()
-    return U[..., :r] * root[..., None, :], root[..., :, None] * V[..., :r, :]
+    return U[..., :r] * root[..., None, :], root[..., None] * V[..., :r, :]
 
 
 def start_of_fit(T, method, r, start):
