@@ -104,8 +104,7 @@ def model_folder(name):
         return str(wheel_folder("minilm"))
     if name == "smollm2":
         return str(make_once("smollm2", convert_smollm2))
-    folder = os.path.expanduser(name)
-    return folder if os.path.isdir(folder) else hub_folder(name)
+    return name if os.path.isdir(name) else hub_folder(name)
 
 
 def convert_smollm2(folder):

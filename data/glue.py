@@ -5,10 +5,10 @@ around them: every sentence of SST-2 ends with one, which would be a token of it
 """
 import http.client
 import io
+import re
 import sys
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ def fetch_glue(name, folder):
         try:
             with zipfile.ZipFile(io.BytesIO(download(address))) as archive:
                 parts = [archive.read(f"{task.folder}/{part}") for part in task.parts]
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        except (zipfile.BadZipFile, KeyError) as error:
             raise ValueError(f"{HOST}{address} is not the zip file that it was ({error})") from None
     for part, content in zip(task.parts, parts):
         (folder / task.folder / part).write_bytes(content)
@@ -106,17 +106,12 @@ def read_glue(name, data_dir):
 
 def label_number(label, classes, where):
     """The number of a class, which the label names or spells; without classes the number from 0 to 5 that it spells."""
-    if label in classes:
-        return classes.index(label)
-    if label in map(str, range(len(classes))):
-        return int(label)
-    try:
-        if not classes and 0 <= float(label) <= 5:
-            return float(label)
-    except ValueError:
-        pass
-    expected = f"one of {', '.join(classes)}, or its number from 0" if classes else "a number from 0 to 5"
-    raise ValueError(f"{where}: unknown label {label[:40]!r}: it is {expected}")
+    numbers = {spelled: i for i, name in enumerate(classes) for spelled in (name, str(i))}
+    if label in numbers:
+        return numbers[label]
+    if not classes and re.fullmatch(r"[0-5](\.\d+)?", label):
+        return float(label)
+    raise ValueError(f"{where}: unknown label {label[:40]!r}: it is {', '.join(numbers) or 'a number from 0 to 5'}")
 
 
 def read_table(path, columns, skip_incomplete=False):

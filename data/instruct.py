@@ -107,12 +107,10 @@ def read_records(path):
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} should hold a JSON list of records, and at least one")
     examples = []
     for number, row in enumerate(rows, 1):
         where = f"{path}, entry {number}"
         examples.append(check_example(row, where))
-        if row.get("input") or "instruction" not in row:
-            raise ValueError(f'{where}: "instruction" is needed, and no "input": the template has no place for it')
+        if row.get("input"):
+            raise ValueError(f'{where} has an "input", for which the template has no place')
     return examples

@@ -25,17 +25,14 @@ def read_lines(path):
 def read_jsonl(path, labelled=True):
     """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line. labelled=False:
     examples to predict from, whose "label", "output" and "answer" are not read; a line may be a text alone."""
-    refuse_table(path)
     examples = []
     for where, line in read_lines(path):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            if "\\u" in line:  # "\\ud83d" alone, half of an emoji, is no text
-                json.dumps(record, ensure_ascii=False).encode()
         except ValueError as error:
-            raise ValueError(f"{where}: not JSON of texts ({error})") from None
+            raise ValueError(f"{where}: not JSON ({error})") from None
         if isinstance(record, str) and not labelled:
             record = {"text_a": record}
         examples.append((where, check_example(record, where, labelled)))
@@ -44,51 +41,32 @@ def read_jsonl(path, labelled=True):
     return examples
 
 
-def refuse_table(path):
-    """ValueError for a CSV or TSV file, with the command that turns it into JSONL."""
-    if path.suffix.lower() in (".csv", ".tsv"):
-        tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
-        raise ValueError(
-            f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
-            f"row['TEXT'], label=row['LABEL']))) for row in csv.DictReader(open('{path.name}', encoding='utf-8-sig', "
-            f"newline=''){tabs})]\" > {path.stem}.jsonl, with the names of your columns for TEXT and LABEL")
-
-
 def check_example(record, where, labelled=True):
     """The fields of `record` that an example has, checked; others are dropped. ValueError beginning with `where`."""
     if not isinstance(record, dict):
         raise ValueError(f'{where}: {shown(record)} is no object; write {{"text_a": ..., "label": ...}}')
-    example, n_choices = {}, 0
-    if "set" in record:
-        example["set"] = text_field(record, "set", where)
+    names = ["set"] if "set" in record else []
     if "instruction" in record:
-        example["instruction"] = text_field(record, "instruction", where)
-        for name in ("output", "answer") if labelled else ():
-            example[name] = text_field(record, name, where, may_be_empty=False)
-        if "choices" not in record:
-            return example
-    if "choices" in record or "prompt" in record:
-        example["prompt"] = text_field(record, "prompt", where)
-        choices = record.get("choices")
+        names += ["instruction", "output", "answer"] if labelled else ["instruction"]
+    if "choices" in record:
+        names += ["prompt"]
+    elif "instruction" not in record:
+        names += ["text_a"] if record.get("text_b") is None else ["text_a", "text_b"]
+    example = {name: text_field(record, name, where) for name in names}
+    if "choices" in record:
+        example["choices"] = choices = record["choices"]
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f'{where}: "choices" should be a list of at least two texts, and is {shown(choices)}')
         if not all(choice.strip() for choice in choices):
             raise ValueError(f"{where}: a choice is empty: {shown(choices)}")
-        example["choices"], n_choices = choices, len(choices)
-    else:
-        example["text_a"] = text_field(record, "text_a", where)
-        if record.get("text_b") is not None:
-            example["text_b"] = text_field(record, "text_b", where)
-    if labelled:
-        example["label"] = check_label(record, where, n_choices)
+    if labelled and ("choices" in example or "text_a" in example):
+        example["label"] = check_label(record, where, len(example.get("choices", ())))
     return example
 
 
 def check_label(record, where, n_choices):
     """The record's label: the index of a choice, or where there are none text or a number."""
-    if "label" not in record:
-        raise ValueError(f'{where}: "label" is missing')
-    label = record["label"]
+    label = record.get("label")
     if n_choices:
         if type(label) is not int or not 0 <= label < n_choices:
             raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
@@ -98,12 +76,12 @@ def check_label(record, where, n_choices):
     return label
 
 
-def text_field(record, name, where, may_be_empty=True):
+def text_field(record, name, where):
     text = record.get(name)
     if not isinstance(text, str):
         wrong = f"should be text, and is {shown(text)}" if name in record else "is missing"
         raise ValueError(f'{where}: "{name}" {wrong}')
-    if not may_be_empty and not text.strip():
+    if name in ("output", "answer") and not text.strip():
         raise ValueError(f'{where}: "{name}" is empty')
     return text
 

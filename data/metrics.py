@@ -1,8 +1,7 @@
-"""Metrics as {name: value}, the main one first. Where one is not defined (the correlation of a constant) it is 0.
+"""Metrics of arrays of predictions and labels. Where one is not defined (the correlation of a constant) it is 0.
 
-    classification    accuracy, matthews (for any number of classes), f1 (of class 1, where all labels are 0 or 1)
-    regression        pearson, spearman
-Equal to scikit-learn's and SciPy's metrics of these names.
+Equal to scikit-learn's and SciPy's metrics of these names. For two classes Matthews' coefficient is a correlation, and
+f1 is of class 1.
 """
 import math
 
@@ -11,17 +10,6 @@ import numpy as np
 
 def accuracy(predictions, labels):
     return float((predictions == labels).mean())
-
-
-def matthews(predictions, labels):
-    """The correlation of predictions and labels as one-hot vectors; with two classes, the phi coefficient."""
-    n = float(len(labels))
-    correct = float((predictions == labels).sum())
-    classes = np.unique(np.concatenate([predictions, labels]))
-    predicted = np.array([(predictions == c).sum() for c in classes], dtype=np.float64)  # count of each class
-    actual = np.array([(labels == c).sum() for c in classes], dtype=np.float64)
-    norm = math.sqrt(n * n - predicted @ predicted) * math.sqrt(n * n - actual @ actual)
-    return float((correct * n - predicted @ actual) / norm) if norm else 0.0
 
 
 def f1(predictions, labels):
@@ -43,19 +31,23 @@ def ranks(values):
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-METRICS = {"accuracy": accuracy, "matthews": matthews, "f1": f1, "pearson": correlation}
+def spearman(x, y):
+    return correlation(ranks(x), ranks(y))
+
+
+METRICS = {"accuracy": accuracy, "matthews": correlation, "f1": f1, "pearson": correlation, "spearman": spearman}
+
+
+def metrics_of(task):
+    """Names of the metrics that a task has."""
+    if task.kind == "regression":
+        return ["pearson", "spearman"]
+    return ["accuracy", "matthews", "f1"] if len(task.classes) == 2 else ["accuracy"]
 
 
 def score(metric, predictions, labels):
-    """{name: value} of `metric`, one of METRICS, and its companions; classes, or numbers for pearson, as lists."""
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    assert predictions.shape == labels.shape and labels.size, f"{predictions.shape} predictions, {labels.shape} labels"
-    if metric == "pearson":
-        spearman = correlation(ranks(predictions), ranks(labels))
-        return {"pearson": correlation(predictions, labels), "spearman": spearman}
-    binary = np.isin(predictions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
-    names = [metric] + [name for name in ("accuracy", "matthews", "f1") if name != metric and (binary or name != "f1")]
-    return {name: METRICS[name](predictions, labels) for name in names}
+    """The value of one of METRICS, from lists."""
+    return METRICS[metric](np.array(predictions), np.array(labels))
 
 
 def summarise(task, examples, predictions):
@@ -65,11 +57,10 @@ def summarise(task, examples, predictions):
         chosen = [i for i, example in enumerate(examples) if example.set == name]
         part = {kind: [values[i] for i in chosen] for kind, values in predictions.items()}
         labels = [1 if "failed" in part else examples[i].label for i in chosen]
-        values = score(task.metric, part["main"], labels)
-        if task.kind == "multiple_choice":
-            values = {task.metric: values[task.metric]}
+        names = sorted(metrics_of(task), key=lambda metric: metric != task.metric)  # the main one first
+        values = {metric: score(metric, part["main"], labels) for metric in names}
         if "per_byte" in part:
-            values["accuracy_norm"] = score("accuracy", part["per_byte"], labels)["accuracy"]
+            values["accuracy_norm"] = score("accuracy", part["per_byte"], labels)
         if "failed" in part:
             values["failed_extractions"] = sum(part["failed"]) / len(chosen)
         by_set[name] = values

@@ -3,13 +3,10 @@
 A task of one's own is a folder with train.jsonl and, if there is one, validation.jsonl, in the format of jsonl.py. To
 add a published one, add a row to GLUE in glue.py or to COMMONSENSE in instruct.py.
 """
-import dataclasses
 import gzip
 import hashlib
 import json
-import re
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +15,8 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.instruct import COMMONSENSE
-from data.jsonl import read_jsonl, refuse_table
+from data.jsonl import read_jsonl
+from data.metrics import metrics_of
 
 
 @dataclass
@@ -55,7 +53,7 @@ def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
     held_out: validated on a part of the training data
     """
     name = str(name_or_folder)
-    data_dir = data_dir and Path(data_dir).expanduser()
+    data_dir = data_dir and Path(data_dir)
     if data_dir and name not in (*GLUE, MIX):
         raise ValueError(f"--data_dir={data_dir} does nothing for {name!r}; it is for {', '.join((*GLUE, MIX))}")
     if name in GLUE:
@@ -69,11 +67,9 @@ def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
     elif name == MIX:
         task = Task(name, "multiple_choice", [], "accuracy", *commonsense_mix(data_dir))
     else:
-        task = own_task(Path(name).expanduser())
-    metrics = {"multiple_choice": ["accuracy"], "regression": ["pearson"],
-               "classification": ["accuracy", "matthews", "f1"][:3 if len(task.classes) == 2 else 2]}[task.kind]
-    if metric not in (None, *metrics):
-        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(metrics)}")
+        task = own_task(Path(name))
+    if metric not in (None, *metrics_of(task)):
+        raise ValueError(f"--metric={metric}: {task.name} has {', '.join(metrics_of(task))}")
     task.metric = metric or task.metric
     return hold_out(task) if held_out else task
 
@@ -123,10 +119,10 @@ def commonsense_mix(data_dir):
                   for example in commonsense(name, row.published)]
     if not data_dir:
         return [example for name in COMMONSENSE for example in commonsense(name, "train")], validation, MIX_NOTE
-    for path in (data_dir / "commonsense_170k.json", data_dir / "ft-training_set" / "commonsense_170k.json"):
-        if path.is_file():
-            return instruct.read_records(path), validation, f"Trained on {path}."
-    raise ValueError(f"{data_dir} has neither commonsense_170k.json nor ft-training_set/commonsense_170k.json")
+    path = next(data_dir.rglob("commonsense_170k.json"), None)
+    if path is None:
+        raise ValueError(f"{data_dir} has no commonsense_170k.json")
+    return instruct.read_records(path), validation, f"Trained on {path}."
 
 
 # ---- A task of one's own ---------------------------------------------------------------------------------------------
@@ -134,18 +130,10 @@ def commonsense_mix(data_dir):
 
 def own_task(folder):
     """Task from a folder with train.jsonl; without a validation.jsonl a part of the training data is held out."""
-    if folder.is_file():
-        refuse_table(folder)
-        raise ValueError(f"{folder} is a file: a task is a folder, and this file would be its train.jsonl")
-    if not folder.is_dir():
-        raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl")
     files = folder / "train.jsonl", folder / "validation.jsonl"
-    for file, tables in zip(files, ("*.[ct]sv", "validation.[ct]sv")):
-        if not file.is_file():
-            for table in sorted(folder.glob(tables)):
-                refuse_table(table)
     if not files[0].is_file():
-        raise ValueError(f"{folder} has no train.jsonl, which should hold one JSON object a line")
+        raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl, "
+                         f"one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
     first = kind_of(train[0][1])
     for where, example in train + validation:
@@ -155,11 +143,10 @@ def own_task(folder):
                 [example for _, example in train], [example for _, example in validation])
     if first != "choices":
         number_labels(task, train, validation)
-    if validation:
-        return task
-    task = hold_out(task)
-    note = f"There is no validation.jsonl, so {len(task.validation):,} training examples are held out."
-    return dataclasses.replace(task, note=note)
+    if not validation:
+        task = hold_out(task)
+        task.note = f"There is no validation.jsonl, so {len(task.validation):,} training examples are held out."
+    return task
 
 
 def kind_of(example):
@@ -175,14 +162,8 @@ def number_labels(task, train, validation):
         for example in task.train + task.validation:
             example["label"] = float(example["label"])
         return
-    places = {example["label"]: where for where, example in train}
-    task.kind, task.classes = "classification", sorted(places)
-    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", str(label)) for label in places):  # 10 comes after 9, as text too
-        task.classes = sorted(places, key=lambda label: (float(label), label))
-        for label in task.classes:
-            if "." in str(label):
-                raise ValueError(f'{places[label]}: label "{label}" is text: for regression write the number, {label}')
-    if len(places) < 2:
+    task.kind, task.classes = "classification", sorted({example["label"] for example in task.train})
+    if len(task.classes) < 2:
         raise ValueError(f"{train[0][0]} and all others have label {task.classes[0]!r}: two classes are the least")
     index = {label: i for i, label in enumerate(task.classes)}
     for where, example in train + validation:
@@ -214,14 +195,12 @@ def hold_out(task):
     while len(held) < min(1000, len(order) // 10) or not held:
         held += groups.pop(next(iter(groups)))
     kept = [i for group in groups.values() for i in group]
-    return dataclasses.replace(task, train=[task.train[i] for i in kept], validation=[task.train[i] for i in held])
+    return replace(task, train=[task.train[i] for i in kept], validation=[task.train[i] for i in held])
 
 
 def first_of_each(examples, n):
     """The first n examples of each "set"; all of them if n is None."""
-    kept, seen = [], Counter()
+    sets = {}
     for example in examples:
-        seen[example.get("set", "")] += 1
-        if n is None or seen[example.get("set", "")] <= n:
-            kept.append(example)
-    return kept
+        sets.setdefault(example.get("set", ""), []).append(example)
+    return [example for part in sets.values() for example in part[:n]]

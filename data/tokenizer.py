@@ -36,7 +36,7 @@ CONFIG = {"word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpie
           "never_split": ([],), "clean_text": (True,), "split_by_punct": (False,), "sp_model_kwargs": ({},)}
 SENTENCEPIECE = {"do_lower_case": (False,), "add_prefix_space": (True,)}
 BYTE_LEVEL = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
-              "byte_fallback": (False,)}
+              "byte_fallback": (False,), "add_prefix_space": (False,)}
 WORDPIECE = {"unk_token": ("[UNK]",), "continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,),
              "clean_text": (True,), "normalizer": ("BertNormalizer",), "pre_tokenizer": ("BertPreTokenizer",)}
 
@@ -98,9 +98,6 @@ class Tokenizer:
 def read_vocabulary(folder, spec, settings):
     where, model = folder / "tokenizer.json", spec.get("model") or {}
     kind = model.get("type", "BPE" if "merges" in model else None)
-    name = str(settings.get("tokenizer_class") or json_if_there(folder / "config.json").get("tokenizer_class"))
-    if name.startswith(("BertJapanese", "RoFormer")):
-        raise ValueError(f"{folder}: {name} cuts text into words by a dictionary, which is not supported")
     if (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         ids = {token.rstrip("\r"): i for i, token in enumerate(lines) if token}
@@ -108,14 +105,13 @@ def read_vocabulary(folder, spec, settings):
     if kind == "WordPiece":
         return WordPiece(model["vocab"], wordpiece_settings(spec, settings, where), where)
     if kind == "BPE" and "▁" not in model["vocab"]:  # else LLaMA-1 or -2, whose tokenizer.model is read below
-        require(BYTE_LEVEL, model, where)
-        pattern, prefix = byte_level_steps(spec, where)
-        return byte_level_bpe(model["vocab"], model["merges"], pattern, settings.get("add_prefix_space", prefix), where)
+        require(BYTE_LEVEL, {**model, **settings}, where)
+        return byte_level_bpe(model["vocab"], model["merges"], byte_level_pattern(spec, where), where)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        vocab, prefix = json_if_there(folder / "vocab.json"), settings.get("add_prefix_space", False)
-        return byte_level_bpe(vocab, merges, GPT2_PATTERN, prefix, folder / "vocab.json")
+        require(BYTE_LEVEL, settings, folder / "tokenizer_config.json")
+        return byte_level_bpe(json_if_there(folder / "vocab.json"), merges, GPT2_PATTERN, folder / "vocab.json")
     for path in (folder / "tokenizer.model", folder / "spm.model"):
         if path.is_file():
             require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
@@ -133,12 +129,9 @@ def json_if_there(path):
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return content
 
 
 def require(allowed, settings, where):
@@ -183,28 +176,24 @@ class BPE:
     """Byte-pair encoding by tiktoken: text is cut into words by `pattern`, then neighbours are joined.
 
     pieces: {bytes: id, or None}, the 256 bytes first, then what merges make, in the order of the merges
-    prefix: whether a space is put in front of a text that has none
 
     subtle: tiktoken joins the neighbours whose sum has the lowest rank, and knows no other order. So the rank of a
     piece is the place of its merge, whatever its id (RoBERTa's ids go by frequency), and ids are looked up afterwards.
     """
 
-    def __init__(self, pieces, ids, pattern, prefix=False):
-        self.ids, self.prefix = ids, prefix
+    def __init__(self, pieces, ids, pattern):
+        self.ids = ids
         self.id_of_rank = list(pieces.values())
         self.bytes_of_id = {i: piece for piece, i in pieces.items()}
         self.encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={},
                                           mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
 
     def encode(self, text):
-        if self.prefix and text and not text.startswith(" "):
-            text = " " + text
         ids = [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
         return [i for i in ids if i is not None]
 
     def decode(self, ids):
-        text = b"".join(self.bytes_of_id.get(i, b"") for i in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.prefix else text
+        return b"".join(self.bytes_of_id.get(i, b"") for i in ids).decode("utf-8", "replace")
 
 
 def byte_alphabet():
@@ -214,7 +203,7 @@ def byte_alphabet():
     return {**{chr(byte): byte for byte in plain}, **{chr(256 + i): byte for i, byte in enumerate(shifted)}}
 
 
-def byte_level_bpe(vocab, merges, pattern, prefix, where):
+def byte_level_bpe(vocab, merges, pattern, where):
     alphabet = byte_alphabet()
     pieces = {bytes([byte]): vocab.get(character) for character, byte in alphabet.items()}  # SmolLM2 lacks some
     for merge in merges:
@@ -222,21 +211,22 @@ def byte_level_bpe(vocab, merges, pattern, prefix, where):
         if token not in vocab or not alphabet.keys() >= set(token):
             raise ValueError(f"{where} is not byte-level BPE: a merge makes {token!r}, which is not in the vocabulary")
         pieces.setdefault(bytes(alphabet[character] for character in token), vocab[token])
-    return BPE(pieces, vocab, pattern, prefix=prefix)
+    return BPE(pieces, vocab, pattern)
 
 
-def byte_level_steps(spec, where):
-    """(pattern, prefix) of a byte-level tokenizer.json."""
+def byte_level_pattern(spec, where):
+    """What cuts text into words by a byte-level tokenizer.json."""
     *first, last = steps_of(spec.get("pre_tokenizer")) or [{}]
+    require(BYTE_LEVEL, last, where)
     types = [str(step.get("type")) for step in [*steps_of(spec.get("normalizer")), *first, last]]
-    regex, prefix = last.get("use_regex", True), last.get("add_prefix_space", False)
+    regex = last.get("use_regex", True)
     if types == ["ByteLevel"] and regex:
-        return GPT2_PATTERN, prefix
+        return GPT2_PATTERN
     if types == ["Digits", "ByteLevel"] and first[0].get("individual_digits"):
-        return DIGITS_PATTERN, prefix
+        return DIGITS_PATTERN
     if types == ["Split", "ByteLevel"] and not regex and "Regex" in first[0]["pattern"]:
         if first[0]["behavior"] == "Isolated" and not first[0].get("invert"):
-            return first[0]["pattern"]["Regex"], prefix
+            return first[0]["pattern"]["Regex"]
     raise ValueError(f"{where}: this normalizer and pre_tokenizer are not supported: {' + '.join(types)}")
 
 

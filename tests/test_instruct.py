@@ -38,16 +38,11 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_each_sets_record_has_its_own_wording(name):
+def test_each_sets_record_has_its_own_wording_and_an_answer_that_is_found_in_its_output(name):
     doc, instruction, answer = RECORDS[name]
-    expected = {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
-    assert instruct.record(name, doc) == expected
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_the_answer_that_is_learnt_is_the_one_that_is_looked_for(name):
-    record = instruct.record(name, RECORDS[name][0])
-    assert instruct.extract(name, record["output"]) == record["answer"]
+    output = f"the correct answer is {answer}"
+    assert instruct.record(name, doc) == {"instruction": instruction, "output": output, "answer": answer}
+    assert instruct.extract(name, output) == answer
 
 
 @pytest.mark.parametrize("query, ours", [
@@ -72,15 +67,11 @@ def test_published_rows_are_reproduced_to_the_letter(name):
     assert all(tuple(row[field] for field in fields) in ours for row in rows)
 
 
-def test_the_template_has_its_spaces():
+def test_the_template_has_its_spaces_and_braces_in_a_question_are_but_text():
     first = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     spaces = " " * 16
-    assert instruct.prompt("Do it.").split("\n") == [
-        first + "  ", "", spaces + "### Instruction:", spaces + "Do it.", spaces, spaces + "### Response:", spaces]
-
-
-def test_braces_in_a_question_are_but_text():
-    assert "{ x }{}" in instruct.prompt("{ x }{}")
+    assert instruct.prompt("{ x }{}").split("\n") == [
+        first + "  ", "", spaces + "### Instruction:", spaces + "{ x }{}", spaces, spaces + "### Response:", spaces]
 
 
 @pytest.mark.parametrize("name, text, answer", [
@@ -92,19 +83,12 @@ def test_the_first_answer_counts_and_none_is_none(name, text, answer):
     assert instruct.extract(name, text) == answer
 
 
-def test_a_file_of_records_is_read(tmp_path):
-    row = {"instruction": "Say é.", "input": "", "output": "é", "answer": "answer1"}
-    (tmp_path / "a.json").write_text(json.dumps([row]), encoding="utf-8")
-    assert instruct.read_records(tmp_path / "a.json") == [{"instruction": "Say é.", "output": "é", "answer": "answer1"}]
-
-
-@pytest.mark.parametrize("content, words", [
-    ("[{", "is not JSON"), ("{}", "a JSON list"), ("[3]", "entry 1: 3 is no object"),
-    ('[{"text_a": "a", "label": 1}]', 'entry 1: "instruction" is needed'),
-    ('[{"instruction": "a", "output": 1, "answer": "c"}]', 'entry 1: "output" should be text, and is 1'),
-    ('[{"instruction": "a", "input": "x", "output": "b", "answer": "c"}]', 'entry 1: .* no "input"'),
-])
-def test_a_bad_file_of_records_is_named_with_the_entry(content, words, tmp_path):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"a\.json.*{words}"):
-        instruct.read_records(tmp_path / "a.json")
+def test_a_file_of_records_is_read_and_an_entry_that_is_wrong_is_named(tmp_path):
+    path, row = tmp_path / "a.json", {"instruction": "Say é.", "input": "", "output": "é", "answer": "answer1"}
+    path.write_text(json.dumps([row]), encoding="utf-8")
+    assert instruct.read_records(path) == [{"instruction": "Say é.", "output": "é", "answer": "answer1"}]
+    for content, words in (("[{", r"a\.json is not JSON"), (json.dumps([row, {**row, "input": "x"}]), 'entry 2 has an "in'),
+                           (json.dumps([{**row, "output": 1}]), 'entry 1: "output" should be text, and is 1')):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            instruct.read_records(path)

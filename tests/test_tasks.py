@@ -33,6 +33,10 @@ def write_task(folder, train=(GOOD, BAD), validation=(GOOD,)):
     return folder
 
 
+def texts_of(examples):
+    return {text_key(example) for example in examples}
+
+
 def labelled(*labels):
     return [{"text_a": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
@@ -47,18 +51,9 @@ def test_a_folder_is_a_task(tmp_path):
     assert task.train == [GOOD, BAD] and task.validation[0]["text_b"] == "y"
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    write_task(tmp_path / "mine")
-    assert load_task("~/mine").name == "mine"
-    with pytest.raises(ValueError, match=str(tmp_path / "glue").replace("\\", ".")):
-        load_task("rte", "~/glue")
-
-
 @pytest.mark.parametrize("labels, classes", [
     (["pos", "neg", "pos", "neutral"], ["neg", "neutral", "pos"]), ([3, 1, 3], [1, 3]), ([1, -1, 0], [-1, 0, 1]),
-    ([0, 10 ** 12], [0, 10 ** 12]), (["10", "9", "-1"], ["-1", "9", "10"]), (["10", "9", "x"], ["10", "9", "x"])])
+    ([0, 10 ** 12], [0, 10 ** 12]), (["10", "9", "x"], ["10", "9", "x"])])
 def test_classes_are_the_distinct_labels_in_order(labels, classes, tmp_path):
     task = load_task(write_task(tmp_path, labelled(*labels), labelled(labels[0])))
     assert task.classes == classes and task.n_outputs == len(classes)
@@ -72,15 +67,11 @@ def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
     assert [type(example["label"]) for example in task.train + task.validation] == [float] * 3
 
 
-def test_choices_make_a_task_multiple_choice(tmp_path):
-    task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}], [CHOICE]))
-    assert (task.kind, task.classes, task.n_outputs, task.metric) == ("multiple_choice", [], 1, "accuracy")
-
-
-def test_records_of_the_instruct_protocol_need_no_choices(tmp_path):
+def test_choices_or_an_instruction_make_a_task_multiple_choice(tmp_path):
     record = {"instruction": "i", "output": "o", "answer": "a"}
-    task = load_task(write_task(tmp_path, [record], [record]))
-    assert task.kind == "multiple_choice" and task.train == [record]
+    task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}, record], [CHOICE]))
+    assert (task.kind, task.classes, task.n_outputs, task.metric) == ("multiple_choice", [], 1, "accuracy")
+    assert task.train[2] == record
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -93,22 +84,16 @@ LINE = lines_of([GOOD])
 BAD_LINES = [
     (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", r"line 2: \[1\] is no object"),
-    (b'{"text_a": "\\ud83d", "label": 0}', "line 1: not JSON of texts"), (b'"text"', '"text" is no object'),
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
-    (b'{"text_a": "x"}', '"label" is missing'), (b'{"text_a": "x", "label": true}', "text or a number.*and is true"),
+    (b'{"text_a": "x"}', '"label" should be .*null'), (b'{"text_a": "x", "label": true}', "a number.*and is true"),
     (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is " "'),
-    (b'{"text_a": "x", "label": 1' + b"0" * 400 + b"}", "a number that fits float32, and is 1000"),
     (LINE + b'{"text_a": "x", "label": "1"}', "line 2: labels that are text among labels that are numbers"),
-    (b'{"text_a": "x", "label": "2.5"}\n{"text_a": "y", "label": "3"}', 'line 1: label "2.5" is text: for regression'),
-    (LINE * 3, "line 1 and all others have label 1"), (b'{"prompt": "x", "label": 0}', '"choices" should be a list'),
-    (b'{"prompt": "x", "choices": ["a"], "label": 0}', "at least two"),
+    (LINE * 3, "line 1 and all others have label 1"),
+    (b'{"prompt": "x", "choices": ["a"], "label": 0}', '"choices" should be a list of at least two'),
     (LINE + b'{"prompt": "x", "choices": [" a", ""], "label": 0}', 'line 2: a choice is empty: ." a", "".$'),
-    (b'{"prompt": "x", "choices": [" \\n", "a"], "label": 0}', "line 1: a choice is empty"),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
-    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1.0}', "label 1.0 is out of range"),
-    (LINE + b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "line 2: choices among labels that are numbers"),
-    (b'{"instruction": "x", "output": "y"}', '"answer" is missing'),
     (b'{"instruction": "x", "output": "", "answer": "y"}', '"output" is empty'),
+    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has one text to train on, in 1 ex.*: none can be held out"),
 ]
 
 
@@ -116,7 +101,7 @@ BAD_LINES = [
 def test_each_bad_line_is_named_with_file_and_number(content, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         load_task(write_task(tmp_path, content, None))
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
@@ -124,31 +109,9 @@ def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
         load_task(write_task(tmp_path, validation=[GOOD, {**GOOD, "label": 2}]))
 
 
-@pytest.mark.parametrize("name, files", [
-    ("train.csv", {"train.csv": "text,label\n"}), ("", {"data.tsv": "text\tlabel\n"}),
-    ("", {"train.jsonl": LINE.decode(), "validation.csv": "text,label\n"})])
-def test_a_table_is_called_one_and_the_line_that_turns_it_into_jsonl_works(name, files, tmp_path, monkeypatch, capsys):
-    for file, text in files.items():
-        (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match="is a table, and should be JSONL: python -c") as error:
-        load_task(tmp_path / name)
-    assert "\n" not in str(error.value)
-    table = next(tmp_path.glob("*.[ct]sv"))
-    separator = "\t" if table.suffix == ".tsv" else ","
-    table.write_text(f'text{separator}label\n"a ""b"", é"{separator}pos\n', encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(str(error.value).split('"')[1].replace("TEXT", "text").replace("LABEL", "label"))
-    assert json.loads(capsys.readouterr().out) == {"text_a": 'a "b", é', "label": "pos"}
-
-
 def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, boolq.*cola.*or a folder with train.jsonl"):
         load_task("sarcasmo")
-
-
-def test_a_folder_without_training_data_is_named(tmp_path):
-    with pytest.raises(ValueError, match="has no train.jsonl"):
-        load_task(tmp_path)
 
 
 def test_data_dir_is_refused_where_it_does_nothing():
@@ -174,23 +137,13 @@ def test_examples_to_predict_from_need_no_label(tmp_path):
 # Held-out data
 
 
-def make_task(train):
-    return Task("t", "classification", ["a", "b"], "accuracy", list(train), [])
-
-
-def test_a_tenth_is_held_out_always_the_same():
-    task = make_task({"text_a": str(i), "label": 0} for i in range(100))
+def test_a_tenth_is_held_out_always_the_same_and_texts_that_differ_in_case_or_spaces_together():
+    train = [{"text_a": f"Text  {i % 30}" if i < 30 else f"text {i % 30}", "label": i} for i in range(90)]
+    task = Task("t", "classification", ["a", "b"], "accuracy", train, [])
     held = hold_out(task)
-    texts = sorted(example["text_a"] for example in held.train + held.validation)
-    assert len(held.validation) == 10 and texts == sorted(str(i) for i in range(100))
-    assert held == hold_out(task)
-
-
-def test_texts_that_differ_in_case_or_spaces_are_held_out_together():
-    task = make_task({"text_a": f"Text  {i % 30}" if i < 30 else f"text {i % 30}", "label": 0} for i in range(90))
-    held = hold_out(task)
-    train, validation = ({text_key(example) for example in part} for part in (held.train, held.validation))
-    assert len(held.validation) == 9 and not train & validation
+    assert held == hold_out(task) and len(held.validation) == 9
+    assert sorted(example["label"] for example in held.train + held.validation) == list(range(90))
+    assert not texts_of(held.train) & texts_of(held.validation)
 
 
 def test_without_validation_data_a_part_is_held_out_and_said(tmp_path):
@@ -202,18 +155,12 @@ def test_without_validation_data_a_part_is_held_out_and_said(tmp_path):
 def test_tuning_data_are_held_out_beside_the_validation_data(tmp_path):
     folder = write_task(tmp_path, labelled(*["a", "b"] * 15), None)
     validation, tuning = load_task(folder).validation, load_task(folder, held_out=True).validation
-    assert len(tuning) == 2 and not {text_key(example) for example in validation} & {text_key(e) for e in tuning}
-
-
-@pytest.mark.parametrize("train", [[CHOICE], [CHOICE] * 5])
-def test_where_nothing_can_be_held_out_one_line_says_so(train, tmp_path):
-    with pytest.raises(ValueError, match="has one text to train on, in [15] examples: none can be held out"):
-        load_task(write_task(tmp_path, train, None))
+    assert len(tuning) == 2 and not texts_of(validation) & texts_of(tuning)
 
 
 def test_the_first_n_of_each_set_are_kept():
-    examples = [{"set": name, "label": i} for i in range(3) for name in "ab"]
-    assert first_of_each(examples, 2) == examples[:4] and first_of_each(examples, None) == examples
+    examples = [{"set": name, "label": i} for name in "ab" for i in range(3)]
+    assert first_of_each(examples, 2) == examples[:2] + examples[3:5] and first_of_each(examples, None) == examples
 
 
 # The published tasks, from tiny wheels
@@ -241,10 +188,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_a_question_becomes_a_cloze_and_an_instruction(cache):
-    example = load_task("arc_easy").train[0]
-    assert (example["prompt"], example["choices"]) == ("Question: Why?\nAnswer:", [" so", " that"])
-    assert (example["label"], example["answer"], example["output"]) == (1, "answer2", "the correct answer is answer2")
+def test_a_question_becomes_a_cloze_and_an_instruction_once_and_in_its_official_split(cache):
+    task = load_task("arc_easy")
+    assert (len(task.train), len(task.validation)) == (3, 2)
+    assert task.train[0] == {
+        "prompt": "Question: Why?\nAnswer:", "choices": [" so", " that"], "label": 1, "answer": "answer2",
+        "output": "the correct answer is answer2", "instruction": task.train[0]["instruction"]}
 
 
 def test_winogrande_is_cut_at_the_blank(cache):
@@ -253,16 +202,10 @@ def test_winogrande_is_cut_at_the_blank(cache):
     assert example["choices"] == [" Ann was near.", " Bea was near."]
 
 
-def test_copies_are_dropped_and_the_official_splits_kept(cache):
-    task = load_task("piqa")
-    assert (len(task.train), len(task.validation)) == (3, 2)
-
-
 def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
     task = load_task("sarcasm")
-    train, validation = ({text_key(example) for example in part} for part in (task.train, task.validation))
     assert len(task.train) + len(task.validation) == 400 and task.classes == ["not sarcastic", "sarcastic"]
-    assert not train & validation and 0.03 < len(validation) / 200 < 0.2
+    assert not texts_of(task.train) & texts_of(task.validation) and 0.03 < len(task.validation) / 400 < 0.2
 
 
 def test_the_mix_is_scored_on_the_published_split_of_each_set(cache):
@@ -329,23 +272,15 @@ def test_an_encoder_reads_a_pair_between_separators():
 def test_a_gpt_reads_prompt_and_choice_and_knows_where_the_choice_begins():
     rows = encode_one({"prompt": "ab", "choices": [" c", " de"]}, is_gpt=True, add_bos=True).rows
     assert rows == [([3, 10, 11, 112], 3), ([3, 10, 11, 113, 14], 3)]
-    assert rows[0].start == 3 and rows[0].ids[3:] == [112]
 
 
 @pytest.mark.parametrize("prompt, choices", [("ab", [" c", " d"]), ("ab ", ["c", "d"]), ("ab", ["c", "\nd"]),
                                              ("ab  ", [" c", "d"]), ("", ["c", " d"]), (" ", ["c", "d"])])
-def test_a_choice_has_the_tokens_of_the_whole_text(prompt, choices):
-    tokenizer = make_tokenizer()
+def test_a_choice_has_the_tokens_of_the_whole_text_and_white_space_at_the_prompts_end(prompt, choices):
     example = encode_one({"prompt": prompt, "choices": choices}, is_gpt=True)
     for choice, (ids, start) in zip(choices, example.rows):
-        whole = tokenizer.encode(prompt + choice)
-        assert ids[-len(whole):] == whole and 0 < start < len(ids)
-
-
-def test_the_white_space_at_a_prompts_end_belongs_to_the_choice():
-    choice_last, space_last = (encode_one({"prompt": prompt, "choices": choices}, is_gpt=True)
-                               for prompt, choices in (("ab", [" c", " d"]), ("ab ", ["c", "d"])))
-    assert choice_last.rows == space_last.rows
+        whole = make_tokenizer().encode(prompt + choice)
+        assert ids[-len(whole):] == whole and start == max(1, len(prompt.rstrip()))
 
 
 def test_the_choices_of_a_question_are_cut_at_one_place():
@@ -393,19 +328,15 @@ def test_the_prompt_to_generate_from_does_not_know_the_response():
 
 @pytest.mark.parametrize("is_gpt", [True, False])
 def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
-    example = encode_one({"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, is_gpt, 10)
-    (first, begin), (second, _) = example.rows
-    assert len(first) == len(second) == 10
-    assert 19 in first[:begin] and 10 not in first
+    (first, begin), (second, _) = encode_one({"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, is_gpt, 10).rows
+    assert len(first) == len(second) == 10 and 19 in first[:begin] and 10 not in first
 
 
 @pytest.mark.parametrize("example", [{"text_a": "abcdefghi"}, {"text_a": "abcd", "text_b": "efghi"},
                                      {"prompt": "abcdefghi", "choices": ["j", "k"]}])
 @pytest.mark.parametrize("is_gpt", [True, False])
 def test_an_example_knows_whether_it_was_cut(example, is_gpt):
-    assert not encode_one(example, is_gpt, 20).cut
-    short = encode_one(example, is_gpt, 8, add_bos=True)
-    assert short.cut and all(len(row.ids) == 8 for row in short.rows)
+    assert not encode_one(example, is_gpt, 20).cut and encode_one(example, is_gpt, 8).cut
 
 
 def test_the_longer_text_is_shortened_first():
@@ -453,10 +384,7 @@ def test_collate_pads_on_the_right_and_marks_the_second_text():
     idx, mask, second = collate([Row([5, 6, 7], 1), Row([8], 1)], 0, "cpu")
     assert idx.tolist() == [[5, 6, 7], [8, 0, 0]] and second.tolist() == [[0, 1, 1], [0, 0, 0]]
     assert mask.tolist() == [[True] * 3, [True, False, False]]
-
-
-def test_without_padding_there_is_no_mask():
-    assert collate([Row([5, 6], 1), Row([7, 8], 1)], 0, "cpu")[1] is None
+    assert collate([Row([5, 6], 1), Row([7, 8], 1)], 0, "cpu")[1] is None, "no mask without padding"
 
 
 def test_prompts_are_padded_on_the_left():

@@ -25,11 +25,12 @@ def reference(spec):
 
 
 def assert_equal(folder, encode, round_trip=True):
-    """Our ids are those of `encode`, and for GPTs the text comes back."""
+    """Our ids are those of `encode`, and for GPTs the text comes back. Returns our tokenizer."""
     ours = Tokenizer(folder)
     for text in TEXTS:
         assert ours.encode(text) == encode(text), repr(text)
         assert not round_trip or ours.decode(ours.encode(text)).strip() == text.strip()
+    return ours
 
 
 def write(folder, **files):
@@ -49,7 +50,6 @@ def test_gpt2():
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
     assert_equal(folder, reference(theirs.to_str()))
-    assert Tokenizer(folder).encode("hello world") == [31373, 995]
 
 
 @published
@@ -58,8 +58,7 @@ def test_roberta_whose_ids_are_in_another_order_than_its_merges(tmp_path):
     vocab = (SHARED / "vocab" / "roberta" / "vocab.json").read_text(encoding="utf-8")
     write(tmp_path, vocab_json=vocab, merges_txt=(SHARED / "gpt2_vocab" / "merges.txt").read_text(encoding="utf-8"))
     theirs = tokenizers.ByteLevelBPETokenizer(f"{tmp_path}/vocab.json", f"{tmp_path}/merges.txt")
-    assert_equal(tmp_path, reference(theirs.to_str()))
-    ours = Tokenizer(tmp_path)
+    ours = assert_equal(tmp_path, reference(theirs.to_str()))
     assert (ours.cls, ours.pad, ours.sep, ours.double_sep, ours.add_bos) == (0, 1, 2, True, False)
 
 
@@ -70,8 +69,7 @@ def test_bert(lowercase, tmp_path):
     vocab = SHARED / "vocab" / "bert" / "vocab.txt"
     theirs = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
     write(tmp_path, vocab_txt=vocab.read_text(encoding="utf-8"), tokenizer_config_json={"do_lower_case": lowercase})
-    assert_equal(tmp_path, reference(theirs.to_str()), round_trip=False)
-    ours = Tokenizer(tmp_path)
+    ours = assert_equal(tmp_path, reference(theirs.to_str()), round_trip=False)
     assert (ours.pad, ours.cls, ours.sep, ours.double_sep) == (0, 101, 102, False)
 
 
@@ -80,8 +78,8 @@ def test_bert(lowercase, tmp_path):
 def test_sentencepiece_models(name, specials):
     sentencepiece = pytest.importorskip("sentencepiece")
     path = next((SHARED / "vocab" / name).glob("*.model"))
-    assert_equal(path.parent, sentencepiece.SentencePieceProcessor(model_file=str(path)).encode, round_trip=False)
-    ours = Tokenizer(path.parent)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = assert_equal(path.parent, theirs.encode, round_trip=False)
     assert (ours.bos, ours.eos, ours.pad, ours.add_bos) == specials
 
 
@@ -105,28 +103,19 @@ def byte_spec(pre_tokenizer=None, **parts):
     return {"model": model, "pre_tokenizer": pre_tokenizer or BYTE_LEVEL, **parts}
 
 
-@pytest.mark.parametrize("pre_tokenizer", [BYTE_LEVEL, {**BYTE_LEVEL, "add_prefix_space": True}, DIGITS, SPLIT])
+@pytest.mark.parametrize("pre_tokenizer", [BYTE_LEVEL, DIGITS, SPLIT])
 def test_each_way_to_cut_text_before_bpe(pre_tokenizer, tmp_path):
     spec = byte_spec(pre_tokenizer)
     assert_equal(write(tmp_path, tokenizer_json=spec), reference(spec))
 
 
-def test_bytes_join_by_the_merges(tmp_path):
-    ours = Tokenizer(write(tmp_path, tokenizer_json=byte_spec()))
-    assert ours.encode("he he") == [256, 257] and ours.decode([256, 257]) == "he he"
-
-
-def test_a_text_that_spells_a_control_token_is_text(tmp_path):
-    added = [{"id": 300, "content": "<|im_end|>"}]
-    config = {"eos_token": {"content": "<|im_end|>"}}
-    ours = Tokenizer(write(tmp_path, tokenizer_json=byte_spec(added_tokens=added), tokenizer_config_json=config))
-    assert ours.eos == 300 and 300 not in ours.encode("<|im_end|>")
+def test_control_tokens_have_the_folders_ids_and_a_text_that_spells_one_is_text(tmp_path):
+    spec = byte_spec(added_tokens=[{"id": 300, "content": "<|im_end|>"}])
+    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<new>",
+              "added_tokens_decoder": {"301": {"content": "<new>"}}}
+    ours = Tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config))
+    assert (ours.eos, ours.pad) == (300, 301) and 300 not in ours.encode("<|im_end|>")
     assert ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
-
-
-def test_tokens_that_the_folder_adds_have_their_ids(tmp_path):
-    config = {"pad_token": "<new>", "added_tokens_decoder": {"301": {"content": "<new>"}}}
-    assert Tokenizer(write(tmp_path, tokenizer_json=byte_spec(), tokenizer_config_json=config)).pad == 301
 
 
 TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
@@ -159,11 +148,8 @@ def wordpiece_spec(**normalizer):
     return {"model": model, "normalizer": normalizer, "pre_tokenizer": {"type": "BertPreTokenizer"}}
 
 
-NORMALIZERS = [{}, {"lowercase": False}, {"handle_chinese_chars": False}, {"strip_accents": False},
-               {"lowercase": False, "strip_accents": True}]
-
-
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", [
+    {}, {"handle_chinese_chars": False}, {"strip_accents": False}, {"lowercase": False, "strip_accents": True}])
 def test_wordpiece_is_read_from_tokenizer_json_with_its_settings(normalizer, tmp_path):
     spec = wordpiece_spec(**normalizer)
     ours, theirs = Tokenizer(write(tmp_path, tokenizer_json=spec)), reference(spec)
@@ -180,38 +166,30 @@ def test_wordpieces_settings_are_read_from_tokenizer_config(settings, text, ids,
     assert Tokenizer(folder).encode(text) == ids
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "spm.model"])
-def test_without_sentencepiece_the_way_out_is_told(name, tmp_path, monkeypatch):
+def test_without_sentencepiece_the_way_out_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    (tmp_path / name).write_bytes(b"\n\x0e")
-    with pytest.raises(ValueError, match=f"{name} needs .*: pip install sentencepiece"):
-        Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="spm.model needs .*: pip install sentencepiece"):
+        Tokenizer(write(tmp_path, spm_model="x"))
 
 
 VOCAB_TXT = "\n".join(PIECES)
-MECAB = {"tokenizer_class": "BertJapaneseTokenizer"}
 LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
 
 
 @pytest.mark.parametrize("files, words", [
-    ({"vocab_txt": VOCAB_TXT, "config_json": MECAB}, "BertJapaneseTokenizer cuts text into words by a dictionary"),
     ({"vocab_txt": VOCAB_TXT, "tokenizer_config_json": {"word_tokenizer_type": "mecab"}}, 'tokenizer_type = "mecab"'),
-    ({"vocab_txt": VOCAB_TXT, "tokenizer_config_json": {"do_basic_tokenize": False}}, "do_basic_tokenize = false"),
     ({"vocab_txt": VOCAB_TXT, "added_tokens_json": {"covid": 16}}, "the added token 'covid' is not supported"),
     ({"tokenizer_json": wordpiece_spec(type="Lowercase")}, 'normalizer = "Lowercase"'),
-    ({"tokenizer_json": wordpiece_spec(clean_text=False)}, "clean_text = false"),
     ({"tokenizer_json": {**byte_spec(), "model": {**byte_spec()["model"], "dropout": 0.1}}}, "dropout = 0.1"),
-    ({"tokenizer_json": byte_spec(added_tokens=[{"id": 300, "content": "covid"}])}, "the added token 'covid'"),
-    ({"spm_model": "x", "tokenizer_config_json": {"do_lower_case": True}}, "do_lower_case = true"),
+    ({"tokenizer_json": byte_spec({**BYTE_LEVEL, "add_prefix_space": True})}, "add_prefix_space = true"),
+    ({"vocab_json": "{}", "merges_txt": "", "tokenizer_config_json": {"add_prefix_space": True}}, "prefix_space = tr"),
     ({"tokenizer_model": "x", "tokenizer_config_json": {"add_prefix_space": False}}, "add_prefix_space = false"),
     # what cannot be read at all
     ({}, "has no vocabulary that can be read"),
     ({"tokenizer_json": "{"}, "tokenizer.json is not JSON"),
-    ({"vocab_json": "[]", "merges_txt": ""}, "vocab.json should hold a JSON object"),
     ({"vocab_json": {"a": 0}, "merges_txt": "a b\n"}, "vocab.json is not byte-level BPE: a merge makes 'ab'"),
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
-    ({"tokenizer_json": byte_spec({"type": "Whitespace"})}, "not supported: Whitespace"),
     ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram .*put the published model's spm.model"),
     ({"tokenizer_json": LLAMA_SPEC}, "BPE .*put the published model's tokenizer.model beside it, from the Hub"),
 ])
@@ -224,22 +202,19 @@ def test_what_cannot_be_read_or_would_give_other_ids_is_refused_by_name(files, w
 # Vocabulary and weights
 
 
-@pytest.mark.parametrize("pad, expected", [("[SEP]", 9), ("<new>", 0), ("<no>", 0)])
-def test_a_padding_token_without_a_row_becomes_0(pad, expected, tmp_path):
-    ours = Tokenizer(write(tmp_path, vocab_txt=VOCAB_TXT, tokenizer_config_json={"pad_token": pad},
-                           added_tokens_json={"<new>": 16}))
-    ours.check(16, is_encoder=True)
-    assert ours.pad == expected
+def test_a_padding_token_without_a_row_becomes_0(tmp_path):
+    folder = write(tmp_path, vocab_txt=VOCAB_TXT, added_tokens_json={"<new>": 16})
+    for pad, expected in (("[SEP]", 9), ("<new>", 0), ("<no>", 0)):
+        ours = Tokenizer(write(folder, tokenizer_config_json={"pad_token": pad}))
+        ours.check(16, is_encoder=True)
+        assert ours.pad == expected
 
 
 @pytest.mark.parametrize("files, n_rows, is_encoder, words", [
     ({"vocab_txt": VOCAB_TXT}, 15, True, "ids up to 15, and the model's embedding 15 rows"),
-    ({"vocab_txt": VOCAB_TXT + "\n<s>"}, 16, True, "ids up to 16"),
     ({"tokenizer_json": byte_spec()}, 300, True, r"not have \[CLS\] and \[SEP\]"),
     ({"vocab_txt": VOCAB_TXT}, 16, False, "not have a beginning or end of text"),
 ])
 def test_a_vocabulary_that_the_model_cannot_take_is_refused(files, n_rows, is_encoder, words, tmp_path):
-    ours = Tokenizer(write(tmp_path, **files))
-    with pytest.raises(ValueError, match=words) as error:
-        ours.check(n_rows, is_encoder)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(write(tmp_path, **files)).check(n_rows, is_encoder)

@@ -226,7 +226,7 @@ def majority(cfg):
         return None
     commonest = Counter(example["label"] for example in task.train).most_common(1)[0][0]
     labels = [example["label"] for example in task.validation]
-    return score(task.metric, [commonest] * len(labels), labels)[task.metric]
+    return score(task.metric, [commonest] * len(labels), labels)
 
 
 def setting(configs, runs, args):
