@@ -132,8 +132,8 @@ def own_task(folder):
     """Task from a folder with train.jsonl; without a validation.jsonl a part of the training data is held out."""
     files = folder / "train.jsonl", folder / "validation.jsonl"
     if not files[0].is_file():
-        raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, or a folder with train.jsonl, "
-                         f"one JSON object a line")
+        raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, "
+                         f"or a folder with train.jsonl, one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
     first = kind_of(train[0][1])
     for where, example in train + validation:

@@ -1,8 +1,8 @@
 """The properties of dual_lora.py: the formula and its gradients, memory, precision, and every verb."""
-import ast
 import copy
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -11,11 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.utils import prune
 
 import dual_lora
-from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, load_adapter, merge_adapters, merged,
-                       save_adapter, set_warmup, sign_ste)
+from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, load_adapter, merge_adapters,
+                       merged, save_adapter, set_warmup, sign_ste)
 
 LAYERS = [DualLoRALinear, LoRALinear]
 
@@ -143,21 +142,17 @@ def test_a_second_derivative_is_an_error():
         slope.square().sum().backward()
 
 
-def test_at_factor_zero_the_model_is_the_base_to_the_bit_and_gradients_are_zero_not_none():
+def test_at_factor_zero_the_model_is_the_base_to_the_bit_with_gradients_of_zero_and_at_one_none_is_zero():
     base, x = Net(), torch.randn(6, 32)
     model = apply_adapters(copy.deepcopy(base), ["up_proj", "down_proj"])
-    set_warmup(model, 0)
-    y = model(x)
-    assert torch.equal(y, base(x))
-    y.sum().backward()
-    assert len(gradients(model)) == 8 and not any(g.any() for g in gradients(model))
-
-
-def test_a_default_layer_starts_at_factor_one_with_gradients_everywhere():
-    layer = DualLoRALinear(nn.Linear(256, 128))
-    assert layer.warmup == 1
-    layer(torch.randn(8, 256)).square().mean().backward()
-    assert all(g.any() for g in gradients(layer))
+    assert model.up_proj.warmup == 1
+    for factor in (0, 1):
+        set_warmup(model, factor)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        assert torch.equal(y, base(x)) == (factor == 0)
+        assert [bool(g.any()) for g in gradients(model)] == [factor == 1] * 8
 
 
 # ---- Memory and precision --------------------------------------------------------------------------------------------
@@ -179,9 +174,8 @@ def test_nothing_of_the_weights_size_is_kept_for_backward_but_the_weight(dropout
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("base, autocast, dropout", [
+    (torch.float32, True, 0.0), (torch.bfloat16, False, 0.0), (torch.bfloat16, True, 0.1)])
 def test_output_has_the_base_layers_dtype_and_gradients_are_float32_and_right(cls, base, autocast, dropout):
     layer = randomise(cls(nn.Linear(96, 128, dtype=base), dropout=dropout))
     x, found = torch.randn(64, 96, dtype=torch.float32 if autocast else base, requires_grad=True), []
@@ -211,15 +205,13 @@ def test_under_autocast_the_signs_are_those_of_float32_products():
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_adapters_cast_to_a_narrow_type_are_refused_at_the_first_forward(cls, dtype):
-    model = apply_adapters(Net(), ["up_proj"], cls).to(dtype)
-    with pytest.raises(TypeError, match="cast the model before apply_adapters") as error:
-        model(torch.randn(2, 32, dtype=dtype))
-    assert "\n" not in str(error.value)
+def test_adapters_cast_to_a_narrow_type_are_refused_at_the_first_forward(cls):
+    model = apply_adapters(Net(), ["up_proj"], cls).half()
+    with pytest.raises(TypeError, match="cast the model before apply_adapters"):
+        model(torch.randn(2, 32, dtype=torch.float16))
 
 
-# ---- torch.compile, DistributedDataParallel --------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -252,8 +244,6 @@ def test_compiled_it_keeps_nothing_of_the_weights_size_but_the_weight():
 
 
 def wrapped_in(kind, model):
-    if kind == "compiled":
-        return torch.compile(model, backend="eager")
     if kind == "compiled and averaged":
         return torch.optim.swa_utils.AveragedModel(torch.compile(model, backend="eager"))
     if kind == "data parallel, compiled":
@@ -263,7 +253,7 @@ def wrapped_in(kind, model):
     return model
 
 
-@pytest.mark.parametrize("kind", ["compiled", "compiled and averaged", "data parallel, compiled", "layers compiled"])
+@pytest.mark.parametrize("kind", ["compiled and averaged", "data parallel, compiled", "layers compiled"])
 def test_the_verbs_see_through_wrappers_and_the_file_has_plain_names(kind, tmp_path):
     model, x = adapted_net(), torch.randn(4, 32)
     expected, names = model(x), set(adapter_state_dict(model))
@@ -276,21 +266,6 @@ def test_the_verbs_see_through_wrappers_and_the_file_has_plain_names(kind, tmp_p
             torch.testing.assert_close(wrapped(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merge_adapters(wrapped)(x), expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, DualLoRALinear) for m in wrapped.modules())
-
-
-def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, x, found = adapted_net(), torch.randn(4, 32), []
-        for run in (model, nn.parallel.DistributedDataParallel(model)):  # which needs a gradient of every parameter
-            model.zero_grad()
-            for factor in (0.0, 1.0):
-                set_warmup(model, factor)
-                run(x).square().sum().backward()
-            found.append(gradients(model))
-        assert all(torch.equal(a, b) for a, b in zip(*found))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -342,21 +317,17 @@ def unfit(kind):
     """A model whose q_proj cannot take an adapter."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "down_proj": nn.Linear(4, 4),
                            "q_proj": Scaled(4, 4) if kind == "own forward" else nn.Linear(4, 4)})
+    layer = model["q_proj"]
     if kind == "tied":
-        model["embed"].weight = model["q_proj"].weight
-    elif kind == "two names":
-        model["k_proj"] = model["q_proj"]
+        model["embed"].weight = layer.weight
     elif kind == "own forward, on the instance":  # as accelerate's hooks set it
-        model["q_proj"].forward = model["q_proj"].forward
-    elif kind == "weight_norm":
-        nn.utils.parametrizations.weight_norm(model["q_proj"])
-    elif kind == "pruned":
-        prune.l1_unstructured(model["q_proj"], "weight", 0.5)
+        layer.forward = layer.forward
+    elif kind == "computed":
+        nn.utils.parametrizations.weight_norm(layer)
     elif kind == "a Parameter's subclass":  # as of quantised weights
-        model["q_proj"].weight = type("Int4", (nn.Parameter,), {})(torch.zeros(4, 4))
-    elif kind in ("uint8", "float8_e4m3fn"):
-        weight = torch.zeros(4, 4).to(getattr(torch, kind))
-        model["q_proj"].weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = type("Int4", (nn.Parameter,), {})(torch.zeros(4, 4))
+    elif kind == "8 bits":
+        layer.weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
     return model
 
 
@@ -365,18 +336,13 @@ def unfit(kind):
     (Net(), ["down_proj", "proj"], {}, "'proj' matches no linear layer"),
     (Net(), [], {}, "targets is empty: choose from down_proj"),
     (apply_adapters(Net(), ["up_proj"]), ["down_proj", "up_proj"], {}, "up_proj has an adapter already"),
-    (unfit("tied"), ["down_proj", "q_proj"], {}, "shared .*embed.weight and q_proj.weight"),
-    (unfit("two names"), ["down_proj", "q_proj"], {}, "shared .*q_proj.weight and k_proj.weight"),
-    (unfit("own forward"), ["down_proj", "q_proj"], {}, "Scaled has its own forward"),
-    (unfit("own forward, on the instance"), ["down_proj", "q_proj"], {}, "Linear has its own forward"),
-    (unfit("weight_norm"), ["down_proj", "q_proj"], {}, "its weight is computed"),
-    (unfit("pruned"), ["down_proj", "q_proj"], {}, "its weight is computed"),
-    (unfit("a Parameter's subclass"), ["down_proj", "q_proj"], {}, "a Int4 of torch.float32: dequantise first"),
-    (unfit("uint8"), ["down_proj", "q_proj"], {}, "torch.uint8: dequantise first"),
-    (unfit("float8_e4m3fn"), ["down_proj", "q_proj"], {}, "torch.float8_e4m3fn: dequantise first"),
+    *((unfit(kind), ["down_proj", "q_proj"], {}, words) for kind, words in {
+        "tied": "shared .*embed.weight and q_proj.weight", "own forward": "Scaled has its own forward",
+        "own forward, on the instance": "Linear has its own forward", "computed": "its weight is computed",
+        "a Parameter's subclass": "a Int4 of torch.float32: dequantise first",
+        "8 bits": "torch.float8_e4m3fn: dequantise first"}.items()),
     *((Net(), ["up_proj"], settings, f"{next(iter(settings))} is .*: it should be") for settings in (
-        {"r1": 0}, {"r2": 2.0}, {"alpha": -16.0}, {"alpha": math.nan}, {"dropout": 1.0}, {"init_std": 0})),
-    (Net(), ["up_proj"], {"layer": LoRALinear, "r": 0}, "r is 0")])
+        {"r1": 0}, {"r2": 2.0}, {"alpha": -16.0}, {"dropout": 1.0}, {"init_std": 0}))])
 def test_what_would_fail_silently_is_refused_before_anything_changes(model, targets, settings, words):
     with leaves_unchanged(model), pytest.raises((ValueError, TypeError), match=words) as error:
         apply_adapters(model, targets, **settings)
@@ -405,7 +371,7 @@ def test_the_start_does_not_depend_on_nn_init_which_loaders_switch_off(monkeypat
         assert max(p.abs().max() for p in own) < 0.5 and own[0].std() > 0.01
 
 
-# ---- A layer that others look into ------------------------------------------------------------------------------------
+# ---- A layer that others look into -----------------------------------------------------------------------------------
 
 
 def encoder_layer():
@@ -451,23 +417,19 @@ def test_an_error_in_a_method_of_ones_own_is_not_taken_for_a_missing_attribute()
         Broken(nn.Linear(4, 4)).weight
 
 
-def test_hooks_and_flags_set_before_and_after_hold_and_hooks_run_inside_merged_and_on_the_merged_layer():
-    model, calls = Net(), []
+def test_hooks_and_flags_set_before_and_after_hold_inside_merged_and_on_the_merged_layer_too():
+    model, x, calls = Net(), torch.randn(2, 32), []
     model.up_proj.my_flag = "kept"
-    first = model.up_proj.register_forward_hook(lambda *_: calls.append("before"))
+    model.up_proj.register_forward_hook(lambda *_: calls.append("before"))
     apply_adapters(model, ["up_proj"])
     model.up_proj.register_forward_pre_hook(lambda *_: calls.append("after"))
     assert model.up_proj.my_flag == "kept"
-    x = torch.randn(2, 32)
     model(x)
     with merged(model):
         model(x)
     assert merge_adapters(model).up_proj.my_flag == "kept"
     model(x)
     assert calls == ["after", "before"] * 3
-    first.remove()
-    model(x)
-    assert calls[6:] == ["after"]
 
 
 def test_pefts_parameters_are_not_taken_for_ours_and_a_layer_inside_pefts_is_refused(tmp_path):
@@ -487,89 +449,39 @@ def test_pefts_parameters_are_not_taken_for_ours_and_a_layer_inside_pefts_is_ref
 # ---- In Hugging Face's models ----------------------------------------------------------------------------------------
 
 
-def hugging_face(kind):
-    """(tiny random model, targets)."""
+def tiny_gpt2():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=32,
-                                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
-        return transformers.GPT2LMHeadModel(config), ["c_attn", "mlp.c_proj"]
-    if kind == "wavlm":  # its attention reads q_proj.weight and calls no layer
-        config = transformers.WavLMConfig(
-            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-            conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4), num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=2, hidden_dropout=0, activation_dropout=0, attention_dropout=0,
-            feat_proj_dropout=0, layerdrop=0, mask_time_prob=0)
-        return transformers.WavLMModel(config), ["q_proj", "v_proj", "out_proj"]
-    if kind == "llama":
-        config = transformers.LlamaConfig(**sizes, max_position_embeddings=32)
-        return transformers.LlamaForCausalLM(config), ["q_proj", "v_proj", "down_proj"]
-    config = transformers.RobertaConfig(**sizes, max_position_embeddings=40, pad_token_id=1, hidden_dropout_prob=0,
-                                        attention_probs_dropout_prob=0)
-    return transformers.RobertaForSequenceClassification(config), ["query", "value", "intermediate.dense"]
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=32, resid_pdrop=0,
+                                     embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "roberta"])
-def test_hugging_faces_models_train_under_checkpointing_merge_and_are_saved_whole(kind, tmp_path):
-    model, targets = hugging_face(kind)
-    plain = copy.deepcopy(model)
-    apply_adapters(model, targets, init_std=0.1)
-    ids, found = torch.randint(2, 50, (2, 7)), []
-    labels = ids[:, 0] % 2 if kind == "roberta" else ids
+def test_gpt2_trains_under_either_checkpointing_merges_and_is_saved_whole(tmp_path):
+    model = tiny_gpt2()
+    plain, ids, found = copy.deepcopy(model), torch.randint(2, 50, (2, 7)), []
+    apply_adapters(model, ["c_attn", "mlp.c_proj"], init_std=0.1)
     for reentrant in (None, False, True):
         if reentrant is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
         model.train().zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         found.append(gradients(model))
     assert all(g.any() for g in found[0])
     for other in found[1:]:
         torch.testing.assert_close(found[0], other)
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05).step()
 
     model.gradient_checkpointing_disable()
-    trained = model.eval()(input_ids=ids).logits
-    assert not torch.allclose(trained, plain.eval()(input_ids=ids).logits, atol=1e-4)
+    adapted = model.eval()(input_ids=ids).logits
     merge_adapters(model)
     kinds = [{name: type(m) for name, m in each.named_modules()} for each in (model, plain)]
-    assert kinds[0] == kinds[1]
-    torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-5)
+    assert kinds[0] == kinds[1] and not torch.allclose(adapted, plain.eval()(input_ids=ids).logits, atol=1e-4)
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_a_hugging_face_model_that_reads_its_childrens_weights_trains_and_merges():
-    model, targets = hugging_face("wavlm")
-    model, audio = randomise(apply_adapters(model, targets), std=0.1).eval(), torch.randn(1, 800)
-    y = model(audio).last_hidden_state
-    y.square().mean().backward()
-    assert all(g.any() for g in gradients(model))
-    with torch.no_grad(), merged(model):
-        torch.testing.assert_close(model(audio).last_hidden_state, y.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(merge_adapters(model)(audio).last_hidden_state, y, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_hugging_faces_trainer_trains_the_adapters_alone(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    model, targets = hugging_face("llama")
-    apply_adapters(model, targets, init_std=0.1)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(50, (16, 7))]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=0.02, report_to=[], use_cpu=True,
-        logging_steps=1, gradient_checkpointing=True, save_strategy="no")
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert losses[-1] < losses[0] and moved == {name for name in before if "lora_" in name}
 
 
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
@@ -616,19 +528,10 @@ def test_state_dict_alone_restores_a_layer_that_was_made_on_the_meta_device():
     assert torch.equal(fresh(x), model(x))
 
 
-def test_two_processes_may_save_to_one_path(tmp_path, monkeypatch):
-    """The other process has its own temporary file: here it stands there already, half written."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    (tmp_path / "a.pt.2.tmp").write_bytes(b"half")
-    save_adapter(adapted_net(), tmp_path / "a.pt")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pt", "a.pt.2.tmp"]
-
-
 @pytest.mark.parametrize("change, words", [
     (lambda layers, state: state.pop("down_proj.lora_B"), "lacks 'down_proj.lora_B'"),
     (lambda layers, state: state.pop("up_proj.warmup"), "lacks 'up_proj.warmup'"),
     (lambda layers, state: state.update({"other": torch.zeros(1)}), "has 'other'"),
-    (lambda layers, state: state.update({"up_proj.lora_A": torch.zeros(8, 31)}), r"\[8, 31\].*\[8, 32\]"),
     (lambda layers, state: state.update({"head.weight": torch.zeros(4, 32)}), r"\[4, 32\].*\[3, 32\]"),
     (lambda layers, state: layers.update(gate_proj=layers.pop("up_proj")), "gate_proj"),
     (lambda layers, state: layers.update(up_proj=("Other", {})), "not written by save_adapter"),
@@ -655,14 +558,17 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
             load_adapter(base, path)
 
 
-def test_a_write_error_leaves_the_old_file_and_nothing_else(tmp_path, full_disk):
+def test_a_write_error_leaves_the_old_file_and_another_processes_half_one(tmp_path, monkeypatch, full_disk):
     path = tmp_path / "adapter.pt"
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    (tmp_path / "adapter.pt.2.tmp").write_bytes(b"half")  # of process 2, which saves to the same path
     save_adapter(adapted_net(), path)
     before = path.read_bytes()
     full_disk()
     with pytest.raises(OSError):
         save_adapter(adapted_net(seed=4), path)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["adapter.pt"]
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.pt", "adapter.pt.2.tmp"]
 
 
 # ---- Merging, and the file itself ------------------------------------------------------------------------------------
@@ -724,7 +630,8 @@ def readme(opening):
 def test_the_readmes_ten_lines_are_the_layer_under_autocast_too():
     names = {"torch": torch, "nn": nn, "F": F, "math": math, "sign_ste": sign_ste}
     exec(readme("class DualLoRALinear"), names)
-    layer, theirs = randomise(DualLoRALinear(nn.Linear(256, 512), r1=8, r2=8)), nn.Module.__new__(names["DualLoRALinear"])
+    layer = randomise(DualLoRALinear(nn.Linear(256, 512), r1=8, r2=8))
+    theirs = nn.Module.__new__(names["DualLoRALinear"])
     theirs.__dict__.update(layer.__dict__, W0=dict(layer.named_parameters())["weight"])
     set_warmup(layer, 0.5)
     x, found = torch.randn(64, 256), []
@@ -741,7 +648,11 @@ def test_the_readmes_ten_lines_are_the_layer_under_autocast_too():
 def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    model, _ = hugging_face("roberta")
+    config = transformers.RobertaConfig(
+        num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50,
+        max_position_embeddings=40, pad_token_id=1, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = transformers.RobertaForSequenceClassification(config)
+    fresh = copy.deepcopy(model)
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda name: model)
     batches = [{"input_ids": torch.randint(2, 50, (4, 7)), "labels": torch.tensor([0, 1, 0, 1])} for _ in range(40)]
     names = {"torch": torch, "batches": batches, "validation": batches[:1],
@@ -749,14 +660,11 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
     exec(readme("from dual_lora import"), names)
     again = type(model).from_pretrained("out").eval()
     assert torch.equal(again(**batches[0]).logits.argmax(-1), names["predictions"][0])
-    fresh, _ = hugging_face("roberta")
     fresh = load_adapter(fresh, "adapter.pt").eval()
     torch.testing.assert_close(fresh(**batches[0]).logits, again(**batches[0]).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_needs_torch_and_the_standard_library_alone():
     with open(dual_lora.__file__, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} - {"torch"} <= sys.stdlib_module_names
+        names = re.findall(r"^(?:import|from) (\w+)", file.read(), re.M)
+    assert set(names) - {"torch"} <= sys.stdlib_module_names
