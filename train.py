@@ -7,8 +7,8 @@
 
 Every option is a line of Config, --name=value sets it. An encoder gets a head on top, and so does a GPT on
 classification. A GPT on multiple choice learns to continue the question with the right answer.
-A run prints its progress and keeps checkpoint.pt in --out_dir, for --resume=true. When it is finished, the folder holds
-adapter.pt (what was trained) and metrics.jsonl (the losses, then the result) instead. That is what --predict needs.
+A run keeps checkpoint.pt in --out_dir, for --resume=true. In the end it leaves adapter.pt, what was trained, and
+metrics.jsonl, the losses and the result, for --predict.
 """
 import argparse
 import contextlib
@@ -52,8 +52,7 @@ METHODS = {
     "full": (None, ()),          # every weight
     "linear_probe": (None, ()),  # the head alone
 }
-PROTOCOLS = ("likelihood", "instruct")
-DTYPES = ("float32", "bfloat16")
+PROTOCOLS, DTYPES = ("likelihood", "instruct"), ("float32", "bfloat16")
 
 
 def option(default, help, choices=None):
@@ -282,10 +281,6 @@ def evaluate(model, task, examples, tokenizer, device):
     return summarise(task, examples, predictions)
 
 
-def show(values):
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-
-
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +365,7 @@ def train(cfg):
                 with autocast:
                     values = evaluate(model, task, validation, tokenizer, device)
                 history.append({"step": step, "validation": values})
-                print(f"step {step}: validation {show(values)}", flush=True)
+                print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
             if saving:
                 save_atomically({"settings": settings, "step": step, "history": history, "n_summed": n_summed,
                                  "loss_sum": loss_sum.cpu(), "optimizer": optimizer.state_dict(),
@@ -379,11 +374,10 @@ def train(cfg):
 
         with autocast:
             values = evaluate(model, task, validation, tokenizer, device)
-        history.append({"step": step, "validation": values})
-        history.append({
-            "final": True, "metric": task.metric, "value": values[task.metric], "validation": values,
-            "examples": len(validation), "trainable": n_trained, "task": task.name, "kind": task.kind,
-            "classes": task.classes, "settings": settings})
+        result = {"final": True, "metric": task.metric, "value": values[task.metric], "validation": values,
+                  "examples": len(validation), "trainable": n_trained, "task": task.name, "kind": task.kind,
+                  "classes": task.classes, "settings": settings}
+        history += [{"step": step, "validation": values}, result]
         save_adapter(model, folder / "adapter.pt")
         temporary = folder / f"metrics.jsonl.{os.getpid()}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
@@ -391,7 +385,7 @@ def train(cfg):
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"to use it: python train.py --predict=texts.jsonl --out_dir={folder}\n{task.name}, {cfg.method}: "
           f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples")
-    return history[-1]
+    return result
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -533,8 +527,7 @@ def check(cfg):
     layer = METHODS[cfg.method][0]
     is_dual = layer is not None and issubclass(layer, DualLoRALinear)
     idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
-    idle += () if layer else ("targets", "r", "alpha", "dropout")
-    for name in idle:
+    for name in idle if layer else ("targets", "r", "alpha", "dropout", *idle):
         if getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
     if is_dual and cfg.r % 2 and not (cfg.r1 and cfg.r2):
