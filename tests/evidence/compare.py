@@ -239,7 +239,7 @@ def setting(configs, runs, args):
     rates = (f"chosen from {args.grid} on held-out training data by {args.grid_seeds} seed(s)" if args.grid
              else "not searched")
     return (f"{each(train.RIGHT_NAMES.get(model, model) for model in models)}; adapters on "
-            f"{each(cfg.targets for cfg in configs)}, r = {each(cfg.r for cfg in configs)} (Dual LoRA r1 = r2 = r / 2), "
+            f"{each(cfg.targets for cfg in configs)}, r = {each(cfg.r for cfg in configs)}, Dual LoRA r1 = r2 = r / 2, "
             f"alpha {each(f'{cfg.alpha:g}' for cfg in configs)}, unless a method's name says otherwise; "
             f"{each(cfg.batch_size for cfg in configs)} examples a step; learning rates {rates}.")
 

@@ -221,7 +221,7 @@ def save(plt, figure, path):
 
 def main(arguments):
     kind, *rest = arguments or [""]
-    if not (kind == "dW" and len(rest) in (3, 4) or kind in ("rates", "steps", "seeds", "represent") and len(rest) == 2):
+    if len(rest) not in {"dW": (3, 4), "rates": (2,), "steps": (2,), "seeds": (2,), "represent": (2,)}.get(kind, ()):
         sys.exit(__doc__.strip())
     try:
         plt = pyplot()

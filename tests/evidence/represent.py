@@ -177,9 +177,10 @@ def main(arguments):
     parts = {f"{split_spec(task)[0]}, {method}": signal(trained(task, method, 2e-3, args, options), args.eval_examples)
              for task in args.signal_tasks.split(",") for method in ("lora", "dual_lora")}
     (args.out_dir / "represent.json").write_text(json.dumps({"shares": rows, "signal": parts}, indent=1))
-    names = list(dict.fromkeys(name for part in parts.values() for name in part))
-    print(table(["share of dW's squared norm, metric", *names],
-                [[name, *(f"{part[key][0]:.2f}, {part[key][1]:.4f}" for key in names)] for name, part in parts.items()]))
+    kinds = list(next(iter(parts.values())))
+    print(table(["share of dW's squared norm, metric", *kinds],
+                [[run, *(f"{part[kind][0]:.2f}, {part[kind][1]:.4f}" for kind in kinds)]
+                 for run, part in parts.items()]))
 
 
 if __name__ == "__main__":
