@@ -25,6 +25,7 @@ def read_lines(path):
 def read_jsonl(path, labelled=True):
     """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line. labelled=False:
     examples to predict from, whose "label", "output" and "answer" are not read; a line may be a text alone."""
+    refuse_table(path)
     examples = []
     for where, line in read_lines(path):
         if not line.strip():
@@ -39,6 +40,16 @@ def read_jsonl(path, labelled=True):
     if not examples:
         raise ValueError(f"{path} is empty: it should hold one JSON object a line")
     return examples
+
+
+def refuse_table(path):
+    """ValueError for a CSV or TSV file, with the command that turns it into JSONL."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
+        raise ValueError(
+            f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
+            f"row['TEXT'], label=row['LABEL']))) for row in csv.DictReader(open('{path}'){tabs})]\" > train.jsonl, "
+            f"with the names of your columns for TEXT and LABEL; for regression float(row['LABEL'])")
 
 
 def check_example(record, where, labelled=True):

@@ -6,6 +6,7 @@ add a published one, add a row to GLUE in glue.py or to COMMONSENSE in instruct.
 import gzip
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.instruct import COMMONSENSE
-from data.jsonl import read_jsonl
+from data.jsonl import read_jsonl, refuse_table
 from data.metrics import metrics_of
 
 
@@ -132,6 +133,8 @@ def own_task(folder):
     """Task from a folder with train.jsonl; without a validation.jsonl a part of the training data is held out."""
     files = folder / "train.jsonl", folder / "validation.jsonl"
     if not files[0].is_file():
+        for table in [folder, *sorted(folder.glob("*.[ct]sv"))]:
+            refuse_table(table)
         raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, "
                          f"or a folder with train.jsonl, one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
@@ -163,6 +166,10 @@ def number_labels(task, train, validation):
             example["label"] = float(example["label"])
         return
     task.kind, task.classes = "classification", sorted({example["label"] for example in task.train})
+    for where, example in train:
+        if re.fullmatch(r"-?\d+\.\d+", str(example["label"])):
+            raise ValueError(f"{where}: label {example['label']!r} is a number as text: for regression write it without "
+                             f"quotes")
     if len(task.classes) < 2:
         raise ValueError(f"{train[0][0]} and all others have label {task.classes[0]!r}: two classes are the least")
     index = {label: i for i, label in enumerate(task.classes)}

@@ -2,6 +2,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +109,24 @@ def test_each_bad_line_is_named_with_file_and_number(content, words, tmp_path):
 def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
     with pytest.raises(ValueError, match="validation.jsonl, line 2: label 2 is none of the 2 classes .*: 0, 1"):
         load_task(write_task(tmp_path, validation=[GOOD, {**GOOD, "label": 2}]))
+
+
+@pytest.mark.parametrize("table, as_task", [("texts.csv", ""), ("texts.tsv", "texts.tsv")])
+def test_a_table_is_named_as_one_with_a_command_that_turns_it_into_a_task(table, as_task, tmp_path, monkeypatch):
+    rows = [["TEXT", "LABEL"], ["good film", "yes"], ["bad film", "no"]]
+    (tmp_path / table).write_text("".join(("," if "csv" in table else "\t").join(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="is a table") as error:
+        load_task(tmp_path / as_task)
+    command = str(error.value).partition("JSONL: ")[2].partition(", with the names")[0]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    (tmp_path / table).unlink()
+    assert load_task(tmp_path, held_out=False).classes == ["no", "yes"]
+
+
+def test_a_number_as_text_is_no_class(tmp_path):
+    with pytest.raises(ValueError, match="line 1: label '2.5' is a number as text"):
+        load_task(write_task(tmp_path, labelled("2.5", "3.0"), None))
 
 
 def test_an_unknown_name_is_told_the_known_ones():
