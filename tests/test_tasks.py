@@ -331,7 +331,8 @@ def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
                                      {"prompt": "abcdefghi", "choices": ["j", "k"]}])
 @pytest.mark.parametrize("is_gpt", [True, False])
 def test_an_example_knows_whether_it_was_cut(example, is_gpt):
-    assert not encode_one(example, is_gpt, 20).cut and encode_one(example, is_gpt, 8).cut
+    short = encode_one(example, is_gpt, 8, add_bos=True)
+    assert short.cut and not encode_one(example, is_gpt, 20).cut and all(len(row.ids) == 8 for row in short.rows)
 
 
 def test_the_longer_text_is_shortened_first():
@@ -358,20 +359,12 @@ def test_an_example_that_lacks_what_the_protocol_needs_is_refused(example, proto
 # Batches
 
 
-def encoded_texts(n):
-    texts = [{"text_a": "x" * (1 + i * 7 % 20), "label": 0} for i in range(n)]
-    return encode_examples(texts, make_tokenizer(), False, 64)
-
-
-def test_an_epoch_takes_each_example_once_in_an_order_of_its_own():
-    examples = encoded_texts(64)
-    first, again, second = (epoch_batches(examples, 4, 0, epoch) for epoch in (0, 0, 1))
-    assert sorted(sum(first, [])) == list(range(64)) and first == again != second
-
-
-def test_a_batch_holds_texts_of_similar_length():
-    examples = encoded_texts(200)
-    lengths = [[len(examples[i].rows[0].ids) for i in batch] for batch in epoch_batches(examples, 10, 0, 0)]
+def test_an_epoch_takes_each_example_once_in_an_order_of_its_own_texts_of_similar_length_together():
+    texts = [{"text_a": "x" * (1 + i * 7 % 20), "label": 0} for i in range(200)]
+    examples = encode_examples(texts, make_tokenizer(), False, 64)
+    first, again, second = (epoch_batches(examples, 10, 0, epoch) for epoch in (0, 0, 1))
+    assert sorted(sum(first, [])) == list(range(200)) and first == again != second
+    lengths = [[len(examples[i].rows[0].ids) for i in batch] for batch in first]
     assert all(max(batch) - min(batch) <= 2 for batch in lengths)
 
 

@@ -133,12 +133,6 @@ def test_bos_is_added_only_where_the_folder_says_so(post_processor, config, expe
 PIECES = "[PAD] [UNK] lamp lam ##p ##s ! 你 [CLS] [SEP] É ##t ##é Lamp e ##你".split()
 
 
-def test_wordpiece_takes_the_longest_piece_and_spells_no_unknown_word(tmp_path):
-    ours = Tokenizer(write(tmp_path, vocab_txt="\n".join(PIECES)))
-    assert ours.encode("Lamps! lamp你") == [2, 5, 6, 2, 7]
-    assert ours.encode("lampx") == [1]
-
-
 def wordpiece_spec(**normalizer):
     """tokenizer.json as transformers 5 saves BERT's, beside which there is no vocab.txt."""
     normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
@@ -160,8 +154,8 @@ def test_wordpiece_is_read_from_tokenizer_json_with_its_settings(normalizer, tmp
 
 @pytest.mark.parametrize("settings, text, ids", [
     ({"do_lower_case": False}, "Lamp", [13]), ({"strip_accents": False}, "é", [1]), ({}, "é", [14]),
-    ({"tokenize_chinese_chars": False}, "lamp你", [2, 15]), ({}, "lamp你", [2, 7])])
-def test_wordpieces_settings_are_read_from_tokenizer_config(settings, text, ids, tmp_path):
+    ({"tokenize_chinese_chars": False}, "lamp你", [2, 15]), ({}, "Lamps! lamp你 lampx", [2, 5, 6, 2, 7, 1])])
+def test_wordpiece_takes_the_longest_piece_after_the_settings_of_tokenizer_config(settings, text, ids, tmp_path):
     folder = write(tmp_path, vocab_txt="\n".join(PIECES), tokenizer_config_json=settings)
     assert Tokenizer(folder).encode(text) == ids
 
