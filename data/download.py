@@ -120,12 +120,11 @@ def hub_folder(name):
     unknown = f"model {name!r} is no folder and none of minilm, smollm2"
     try:
         from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{unknown}; to load it from the Hub: pip install huggingface_hub") from None
-    try:
         folder = snapshot_download(name, allow_patterns=HUB_FILES + HUB_SAFETENSORS)
         if not any(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(name, allow_patterns=HUB_FILES + HUB_PICKLES)
         return folder
+    except ImportError:
+        raise ValueError(f"{unknown}; to load it from the Hub: pip install huggingface_hub") from None
     except Exception as error:  # the client raises its own errors, its HTTP library's, OSError and ValueError
         raise ValueError(f"{unknown}; as a name on the Hub: {' '.join(str(error).split())[:300]}") from None

@@ -92,8 +92,8 @@ def read_glue(name, data_dir):
         path = Path(data_dir) / task.folder / part
         examples = []
         for where, label, *texts in read_table(path, task.columns, skip_incomplete=name == "qqp"):
-            examples.append(dict(zip(("text_a", "text_b"), map(str.strip, texts))))
-            examples[-1]["label"] = label_number(label, task.classes, where)
+            label = label_number(label, task.classes, where)
+            examples.append({**dict(zip(("text_a", "text_b"), map(str.strip, texts))), "label": label})
         splits.append(examples)
         if not examples:
             raise ValueError(f"{path} is empty: it should hold {name}'s examples")

@@ -5,11 +5,10 @@ A question with its choices is an instruction. A template goes around it, the mo
 thing in it that looks like an answer counts. Wording and white space of records and templates are theirs, to the
 letter, since they change the tokens and so the numbers.
 """
-import json
 import re
 from typing import Callable, NamedTuple
 
-from data.jsonl import check_example
+from data.jsonl import check_example, read_json
 
 
 def choose(what, question, word, choices, separator=" "):
@@ -103,12 +102,8 @@ def extract(name, generated):
 
 def read_records(path):
     """Examples from a file of theirs, a JSON list; ValueError naming the entry that is wrong."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
     examples = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_json(path), 1):
         where = f"{path}, entry {number}"
         examples.append(check_example(row, where))
         if row.get("input"):

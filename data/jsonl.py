@@ -22,6 +22,14 @@ def read_lines(path):
             yield where, text
 
 
+def read_json(path):
+    """What a JSON file holds."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
 def read_jsonl(path, labelled=True):
     """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line. labelled=False:
     examples to predict from, whose "label", "output" and "answer" are not read; a line may be a text alone."""
@@ -66,10 +74,9 @@ def check_example(record, where, labelled=True):
     example = {name: text_field(record, name, where) for name in names}
     if "choices" in record:
         example["choices"] = choices = record["choices"]
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f'{where}: "choices" should be a list of at least two texts, and is {shown(choices)}')
-        if not all(choice.strip() for choice in choices):
-            raise ValueError(f"{where}: a choice is empty: {shown(choices)}")
+        texts = choices if isinstance(choices, list) else []
+        if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f'{where}: "choices" should be two texts or more, none empty, and is {shown(choices)}')
     if labelled and ("choices" in example or "text_a" in example):
         example["label"] = check_label(record, where, len(example.get("choices", ())))
     return example

@@ -168,8 +168,7 @@ def number_labels(task, train, validation):
     task.kind, task.classes = "classification", sorted({example["label"] for example in task.train})
     for where, example in train:
         if re.fullmatch(r"-?\d+\.\d+", str(example["label"])):
-            raise ValueError(f"{where}: label {example['label']!r} is a number as text: for regression write it without "
-                             f"quotes")
+            raise ValueError(f"{where}: label {example['label']!r} is a number as text: write it without quotes")
     if len(task.classes) < 2:
         raise ValueError(f"{train[0][0]} and all others have label {task.classes[0]!r}: two classes are the least")
     index = {label: i for i, label in enumerate(task.classes)}

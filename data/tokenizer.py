@@ -21,6 +21,8 @@ from pathlib import Path
 
 import tiktoken
 
+from data.jsonl import read_json
+
 # The usual names of the special tokens, unless the folder says otherwise. The order matters: RoBERTa's vocabulary also
 # has GPT-2's <|endoftext|>, which means nothing there.
 SPECIAL = {
@@ -106,12 +108,12 @@ def read_vocabulary(folder, spec, settings):
         return WordPiece(model["vocab"], wordpiece_settings(spec, settings, where), where)
     if kind == "BPE" and "▁" not in model["vocab"]:  # else LLaMA-1 or -2, whose tokenizer.model is read below
         require(BYTE_LEVEL, {**model, **settings}, where)
-        return byte_level_bpe(model["vocab"], model["merges"], byte_level_pattern(spec, where), where)
+        return BPE(model["vocab"], model["merges"], byte_level_pattern(spec, where), where)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
         require(BYTE_LEVEL, settings, folder / "tokenizer_config.json")
-        return byte_level_bpe(json_if_there(folder / "vocab.json"), merges, GPT2_PATTERN, folder / "vocab.json")
+        return BPE(json_if_there(folder / "vocab.json"), merges, GPT2_PATTERN, folder / "vocab.json")
     for path in (folder / "tokenizer.model", folder / "spm.model"):
         if path.is_file():
             require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
@@ -126,12 +128,7 @@ def read_vocabulary(folder, spec, settings):
 
 def json_if_there(path):
     """The dict in a JSON file, {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+    return read_json(path) if path.is_file() else {}
 
 
 def require(allowed, settings, where):
@@ -173,16 +170,21 @@ DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class BPE:
-    """Byte-pair encoding by tiktoken: text is cut into words by `pattern`, then neighbours are joined.
-
-    pieces: {bytes: id, or None}, the 256 bytes first, then what merges make, in the order of the merges
+    """Byte-level byte-pair encoding by tiktoken: text is cut into words by `pattern`, then neighbours are joined.
 
     subtle: tiktoken joins the neighbours whose sum has the lowest rank, and knows no other order. So the rank of a
     piece is the place of its merge, whatever its id (RoBERTa's ids go by frequency), and ids are looked up afterwards.
     """
 
-    def __init__(self, pieces, ids, pattern):
-        self.ids = ids
+    def __init__(self, vocab, merges, pattern, where):
+        self.ids, alphabet = vocab, byte_alphabet()
+        # {piece: id, or None}: the 256 bytes, of which SmolLM2 lacks some, then what merges make, in their order
+        pieces = {bytes([byte]): vocab.get(character) for character, byte in alphabet.items()}
+        for merge in merges:
+            token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+            if token not in vocab or not alphabet.keys() >= set(token):
+                raise ValueError(f"{where} is not byte-level BPE: a merge makes {token!r}, which is no token")
+            pieces.setdefault(bytes(alphabet[character] for character in token), vocab[token])
         self.id_of_rank = list(pieces.values())
         self.bytes_of_id = {i: piece for piece, i in pieces.items()}
         self.encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={},
@@ -201,17 +203,6 @@ def byte_alphabet():
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = [byte for byte in range(256) if byte not in plain]
     return {**{chr(byte): byte for byte in plain}, **{chr(256 + i): byte for i, byte in enumerate(shifted)}}
-
-
-def byte_level_bpe(vocab, merges, pattern, where):
-    alphabet = byte_alphabet()
-    pieces = {bytes([byte]): vocab.get(character) for character, byte in alphabet.items()}  # SmolLM2 lacks some
-    for merge in merges:
-        token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
-        if token not in vocab or not alphabet.keys() >= set(token):
-            raise ValueError(f"{where} is not byte-level BPE: a merge makes {token!r}, which is not in the vocabulary")
-        pieces.setdefault(bytes(alphabet[character] for character in token), vocab[token])
-    return BPE(pieces, vocab, pattern)
 
 
 def byte_level_pattern(spec, where):
