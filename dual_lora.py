@@ -11,9 +11,10 @@ arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank
 
 Why apart. A step of full fine-tuning moves every weight in some direction by some size. LoRA learns both as one number,
 an entry of the low-rank BA. Dual LoRA gives each a low-rank product of its own. ReLU and Sign act on every entry, so dW
-is not of low rank. And "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
+is not of low rank. That alone is no gain: BA of as many parameters comes closer to full fine-tuning's own update (see
+the README). What may be one: "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
 
-An example: r1 = r2 = 1, s = 1, and the gradient G = dL/dW is 0.5 everywhere, so every weight should fall.
+An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere, so every weight should fall.
 
     B = [ 1]  A = [2 -1]      BA = [ 2 -1]     ReLU(BA) = [2 0]
         [-1]                       [-2  1]                [0 1]      dW = [2  0]
@@ -33,17 +34,17 @@ One step of SGD at a rate of 0.2:
          [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]
 
 The entry -1 became -1.21: its direction was right, and its size grew. The entry 2 became -1.52: DC was near zero there,
-and the sign turned, a jump by twice the size. The zeros stay. The ReLU passes them no gradient, and only the gradients
-of other entries can move A and B so that they come alive. At the start half of all entries are such zeros.
-
-The size of DC is invisible in dW. It only says how hard a sign is to turn: init_std against the learning rate decides
-how freely signs turn.
+and the sign turned, a jump by twice the size. The zeros, half of all entries at the start, stay: the ReLU passes them
+no gradient, and only other entries' gradients can move A and B so that they come alive. The size of DC is invisible in
+dW. It only says how hard a sign is to turn: init_std against the learning rate decides how freely signs turn.
 
 Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: the ReLU passes no gradient at 0, and A and
 B would never move. So all four matrices start random. dW is then not zero, and a factor multiplies it that grows from 0
-to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one. In the paper training collapsed without.
+to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one.
 
-How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm.
+How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm. Choose init_std for
+2 to 40 %: within that it hardly mattered, and at 150 % training failed (one model, one task). alpha also scales each
+step of dW: raise alpha, lower the rate. Start from alpha = 16, and twice the rate that suits LoRA.
 
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
 
