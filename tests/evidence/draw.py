@@ -202,8 +202,9 @@ def draw_represent(plt, path, source):
         of_target = [row for row in rows if row["target"] == target]
         ranks = [row["r"] for row in of_target]
         for i, method in enumerate(name for name in of_target[0]["share"] if "fitted" not in name):
+            style = {} if method in ("lora", "dual_lora") else {"linestyle": "--", "markerfacecolor": "none"}
             axis.plot(ranks, [row["share"][method] for row in of_target], marker=MARKERS[i], color=COLOURS[i],
-                      label=NAMES[method], markersize=4, linewidth=1.2)
+                      label=NAMES[method], markersize=5 if not style else 8, linewidth=1.2, **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ranks, ranks)
         axis.set(title=f"full fine-tuning, {target}" if target != "Gaussian" else "a Gaussian matrix", ylim=(0, 1),
