@@ -268,6 +268,21 @@ def test_the_verbs_see_through_wrappers_and_the_file_has_plain_names(kind, tmp_p
     assert not any(isinstance(m, DualLoRALinear) for m in wrapped.modules())
 
 
+def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x, found = adapted_net(), torch.randn(4, 32), []
+        for run in (model, nn.parallel.DistributedDataParallel(model)):  # which needs a gradient of every parameter
+            model.zero_grad()
+            for factor in (0.0, 1.0):
+                set_warmup(model, factor)
+                run(x).square().sum().backward()
+            found.append(gradients(model))
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +497,41 @@ def test_gpt2_trains_under_either_checkpointing_merges_and_is_saved_whole(tmp_pa
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_hugging_face_model_that_reads_its_childrens_weights_trains_and_merges():
+    """WavLM's attention calls no layer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.WavLMModel(transformers.WavLMConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4), num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, layerdrop=0, mask_time_prob=0)).eval()
+    randomise(apply_adapters(model, ["q_proj", "v_proj", "out_proj"]), std=0.1)
+    audio = torch.randn(1, 800)
+    y = model(audio).last_hidden_state
+    y.square().mean().backward()
+    assert all(g.any() for g in gradients(model))
+    with torch.no_grad(), merged(model):
+        torch.testing.assert_close(model(audio).last_hidden_state, y.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merge_adapters(model)(audio).last_hidden_state, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_hugging_faces_trainer_trains_the_adapters_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = apply_adapters(tiny_gpt2(), ["c_attn", "mlp.c_proj"], init_std=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(50, (16, 7))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=0.02, report_to=[], use_cpu=True,
+        logging_steps=1, gradient_checkpointing=True, save_strategy="no")
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert losses[-1] < losses[0] and moved == {name for name in before if "lora_" in name}
 
 
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
