@@ -43,7 +43,7 @@ B would never move. So all four matrices start random. dW is then not zero, and 
 to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one.
 
 How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm. Choose init_std for
-2 to 40 %: within that it hardly mattered, and at 150 % training failed (one model, one task). alpha also scales each
+1 to 20 %: within that it hardly mattered, and at 80 % training failed (one model, one task). alpha also scales each
 step of dW: raise alpha, lower the rate. Start from alpha = 16, and twice the rate that suits LoRA.
 
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
