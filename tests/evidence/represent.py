@@ -5,9 +5,10 @@
 1. How much of full fine-tuning's own update does each method hold, at equal parameters? Trains every weight of
 all-MiniLM-L6-v2 on each of --tasks, takes W after minus W before of the q and v projections in three layers, and
 approximates it by LoRA's BA, by Dual LoRA's ReLU(BA) ⊙ Sign(DC), and by that without its parts. A share is
-1 - |T - dW|^2 / |T|^2, the mean over the six matrices. T of independent Gaussian entries stands beside it. LoRA's best is known exactly: the largest singular
-values. The others are fitted by Adam on the squared error, and the better of two fits is shown, so their shares are
-lower bounds. How far such a fit gets is seen on LoRA ("lora, fitted").
+1 - |T - dW|^2 / |T|^2, the mean over the six matrices. T of independent Gaussian entries stands
+beside it. LoRA's best is known exactly: the largest singular values. The others are fitted by Adam on the squared
+error, and the better of two fits is shown, so their shares are lower bounds. How far such a fit gets is seen on LoRA
+("lora, fitted").
 
 2. Trains LoRA and Dual LoRA, and evaluates them with every dW replaced by its best approximation of low rank.
 
