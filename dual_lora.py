@@ -407,8 +407,9 @@ def take_over(layer, linear, **settings):
 def new_parameter(layer, *shape, std, uniform=False):
     """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device, and without nn.init, which
     some loaders switch off."""
-    drawn, bound = torch.empty(shape, dtype=torch.float32, device="cpu"), math.sqrt(3) * std
-    drawn = drawn.uniform_(-bound, bound) if uniform else drawn.normal_(std=std)
+    drawn, bound = torch.zeros(shape, dtype=torch.float32, device="cpu"), math.sqrt(3) * std
+    if std > 0:
+        drawn = drawn.uniform_(-bound, bound) if uniform else drawn.normal_(std=std)
     return nn.Parameter(drawn.to(layer._parameters["weight"].device))
 
 
