@@ -11,17 +11,18 @@ arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank
 
 Why apart. A step of full fine-tuning moves every weight in some direction by some size. LoRA learns both as one number,
 an entry of the low-rank BA. Dual LoRA gives each a low-rank product of its own. ReLU and Sign act on every entry, so dW
-is not of low rank. That alone is no gain: BA of as many parameters comes closer to full fine-tuning's own update (see
-the README). What may be one: "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
+is not of low rank. That alone is no gain: LoRA with as many parameters comes closer to full fine-tuning's own update
+(README). A possible gain: "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
 
 An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere, so every weight should fall.
 
     B = [ 1]  A = [2 -1]      BA = [ 2 -1]     ReLU(BA) = [2 0]
-        [-1]                       [-2  1]                [0 1]      dW = [2  0]
-    D = [ 1]  C = [0.1 1]     DC = [ 0.1  1]   Sign(DC) = [+ +]           [0 -1]
-        [-1]                       [-0.1 -1]              [- -]
+        [-1]                       [-2  1]                [0 1]
+    D = [ 1]  C = [0.1 1]     DC = [ 0.1  1]   Sign(DC) = [+ +]     so   dW = [2  0]
+        [-1]                       [-0.1 -1]              [- -]               [0 -1]
 
-Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity:
+Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity. (dA to dD are
+gradients, dL/dA to dL/dD. dW alone is a change.)
 
     g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]     dB = g_m A^T = [1  ]     dA = B^T g_m = [0.5 0.5]
                                       [0   -0.5]                    [0.5]
@@ -38,9 +39,9 @@ and the sign turned, a jump by twice the size. The zeros, half of all entries at
 no gradient, and only other entries' gradients can move A and B so that they come alive. The size of DC is invisible in
 dW. It only says how hard a sign is to turn: init_std against the learning rate decides how freely signs turn.
 
-Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: the ReLU passes no gradient at 0, and A and
-B would never move. So all four matrices start random. dW is then not zero, and a factor multiplies it that grows from 0
-to 1 over the first steps (set_warmup): at 0 the model is the pre-trained one.
+Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: the ReLU passes no gradient at 0, and none
+of the four would ever move. So all start random. dW is then not zero, and a factor on it grows from 0 to 1 over the
+first steps (set_warmup; without a call it is 1). At 0, for one step, the model is the pre-trained one.
 
 How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm. Choose init_std for
 1 to 20 %: within that it hardly mattered, and at 80 % training failed (one model, one task). alpha also scales each
@@ -57,7 +58,7 @@ step of dW: raise alpha, lower the rate. Start from alpha = 16, and twice the ra
     save_adapter(model, "adapter.pt")                            # load_adapter(fresh_model, "adapter.pt")
     merge_adapters(model)                                        # plain layers again, with W0 + dW
 
-Needs torch 2.4 or newer. Left out: convolutions, embeddings, quantised weights, several adapters on one layer.
+Needs torch 2.4 or newer.
 """
 import contextlib
 import copy
@@ -82,8 +83,7 @@ def sign_(x):
 class SignSTE(torch.autograd.Function):
     """Sign(x), any shape. Its true derivative is zero, and nothing would learn. So the gradient goes straight through,
     clipped to [-1, 1] by value as in the paper. In float32 and bfloat16 the clip never acted in any run we made, and
-    other estimators (XNOR-Net's, the identity) gave the same weights to the bit. Do not use a float16 loss scaler,
-    which would push nearly every gradient into the clip."""
+    other estimators gave the same weights to the bit. A float16 loss scaler would make it act: do not use one."""
 
     @staticmethod
     def forward(ctx, x):
@@ -98,7 +98,7 @@ sign_ste = SignSTE.apply
 
 
 class AdaptedLinear(nn.Linear):
-    """What all methods share: `weight` reads W0 + dW (effective_weight). A method defines delta_weight."""
+    """Base class of the adapted layers: `weight` reads W0 + dW (effective_weight). A subclass adds delta_weight."""
 
     merged_weight = None  # W0 + dW inside `merged`
 
@@ -114,11 +114,11 @@ class DualLoRALinear(AdaptedLinear):
     """x (..., in) -> F.linear(x, W0 + dW, bias) (..., out), in the place of `linear`.
 
     linear: an nn.Linear, or Hugging Face's Conv1D. Its weight and bias, the same Parameters, are taken over and frozen.
-    dropout acts on x in the adapter's branch. W0 x and dW x are then two products, and a step takes five large products
-    instead of three. ValueError for a setting out of its range.
+    dropout acts on x in the adapter's branch; a step then takes five large products instead of three.
     """
 
     def __init__(self, linear, r1=8, r2=8, alpha=16.0, dropout=0.0, init_std=0.02):
+        # In place of super().__init__(), which would allocate a second weight.
         take_over(self, linear, r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std)
         self.scaling, self.dropout = alpha / math.sqrt(r1 * r2), dropout
         # No matrix starts at zero: see "Step 0" above.
@@ -130,14 +130,14 @@ class DualLoRALinear(AdaptedLinear):
         self.register_buffer("warmup", torch.ones((), device=self.lora_A.device))
 
     def delta_weight(self):
-        """dW (out, in), differentiable by plain autograd, which keeps W_m and W_d to do so."""
+        """dW (out, in), differentiable by plain autograd. W_m is the magnitude, W_d the direction."""
         with autocast_off(self.lora_A):
             W_m = (self.lora_B @ self.lora_A).relu()
             W_d = sign_ste(self.lora_D @ self.lora_C)
             return self.warmup * self.scaling * (W_m * W_d)
 
     def forward(self, x):
-        """Equal to F.linear(x, W0 + delta_weight(), bias), gradients included, but keeps no such matrix."""
+        """Without dropout F.linear(x, W0 + delta_weight(), bias), gradients included, but keeps no such matrix."""
         if self.merged_weight is not None:
             return super().forward(x)
         check_precision(self)
@@ -196,14 +196,14 @@ class DualLinear(torch.autograd.Function):
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
                 g = G[rows].to(A.dtype)
-                g_m = sW_m.sign().mul_(g).mul_(W_d)  # sW_m >= 0, so its sign is [BA > 0]
+                g_m = sW_m.sign().mul_(g).mul_(W_d)  # sW_m >= 0: its sign is [BA > 0]; at s = 0 it is 0
                 g_d = (sW_m * g).clamp_(-1, 1)
                 dA.addmm_(sB[rows].t(), g_m)
                 dB[rows] = s * (g_m @ A.t())
                 dC.addmm_(D[rows].t(), g_d)
                 dD[rows] = g_d @ C.t()
                 G[rows] = sW_m.mul_(W_d).add_(W0[rows])  # G is read: W takes its place
-        gx = gy @ G if compiling or ctx.needs_input_grad[0] else None  # compiled by torch 2.4, the answer is wrong
+        gx = gy @ G if compiling or ctx.needs_input_grad[0] else None  # which is wrong where torch 2.4 compiles
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return gx, gW0, gbias, dA, dB, dC, dD, None
 
@@ -212,7 +212,7 @@ def row_blocks(B, A):
     """Slices of BA's rows: on a CPU as many rows as fit its cache, on a GPU or compiled all at once."""
     if torch.compiler.is_compiling() or not B.is_cpu:
         return [slice(None)]
-    step = max(1, 2**17 // A.shape[1])
+    step = max(1, 2**17 // A.shape[1])  # half a megabyte of float32
     return [slice(start, start + step) for start in range(0, B.shape[0], step)]
 
 
@@ -223,7 +223,8 @@ def autocast_off(tensor):
     size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
     Hence float32 adapters on any base. TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) is left as it is.
     """
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type  # some have no autocast, such as mps in torch 2.4
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 # ---- LoRA, to compare with -------------------------------------------------------------------------------------------
@@ -232,13 +233,14 @@ def autocast_off(tensor):
 class LoRALinear(AdaptedLinear):
     """LoRA (Hu et al., arXiv 2106.09685): y = x W0^T + bias + alpha / r * B A x, A (r, in), B (out, r).
 
-    B starts at 0, so dW does. dW is never built: two thin products take its place. For the rest see DualLoRALinear.
+    B starts at 0, so dW does. forward never builds dW: two thin products take its place. See DualLoRALinear for more.
     """
 
     def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
         take_over(self, linear, r=r, alpha=alpha, dropout=dropout)
         self.scaling, self.dropout = alpha / r, dropout
-        self.lora_A = new_parameter(self, r, self.in_features, std=1 / math.sqrt(3 * self.in_features), uniform=True)
+        std = 1 / math.sqrt(3 * self.in_features)  # Kaiming's uniform, as in peft
+        self.lora_A = new_parameter(self, r, self.in_features, std=std, uniform=True)
         self.lora_B = new_parameter(self, self.out_features, r, std=0.0)
 
     def delta_weight(self):
@@ -312,6 +314,7 @@ def load_adapter(model, path):
     inner = unwrapped(model)
     layers, state = read_adapter(path)
     linears = linear_layers(inner)
+    # What the file must hold: the model's buffers, what the file itself names, and below each adapter's tensors.
     shapes = {name: t.shape for name, t in named_tensors(inner).items()
               if name in state or not isinstance(t, nn.Parameter)}
     with torch.random.fork_rng(devices=[]):  # the layers' random start is overwritten: the caller's generator stays
@@ -381,7 +384,7 @@ def merged(model):
 def take_over(layer, linear, **settings):
     """Give `layer` the parameters of `linear`, frozen, and all else that hangs on it, such as hooks and flags.
 
-    In place of nn.Linear.__init__, which would allocate a second weight. `settings` rebuild the layer from its file.
+    `settings` rebuild the layer from its file. ValueError for one out of its range.
     """
     for name, value in settings.items():
         if name in ("r", "r1", "r2"):

@@ -207,6 +207,12 @@ def pick_device(cfg):
     return dataclasses.replace(cfg, device=device, dtype=dtype)
 
 
+def autocast_of(cfg):
+    """The context of the products: bfloat16, or nothing, since not every torch knows autocast on every device."""
+    kind = torch.device(cfg.device).type
+    return torch.autocast(kind, torch.bfloat16) if cfg.dtype == "bfloat16" else contextlib.nullcontext()
+
+
 def compile_training(model):
     """torch.compile for each block, in training: all share one graph. Evaluation has other shapes, merged weights."""
     def choose(block, plain, compiled, *args, **kwargs):
@@ -239,7 +245,7 @@ def score(model, examples, pad, device):
     rows = [row for example in examples for row in example.rows]
     scores = [None] * len(rows)
     for chosen in batches_by_length([len(row.ids) for row in rows]):
-        idx, mask, second = collate([rows[i] for i in chosen], pad, device)
+        idx, mask, second = collate([rows[i] for i in chosen], pad, device)  # second: a pair's, or a GPT's answer
         if isinstance(model, Classifier):
             found = model(idx, mask, second).float().cpu()  # (rows, classes)
         else:  # the log-probability of the whole answer
@@ -299,7 +305,7 @@ def train(cfg):
         settings = {name: value for name, value in vars(cfg).items()
                     if name not in ("out_dir", "resume", "overwrite", "predict")}
         device, has_head = torch.device(cfg.device), isinstance(model, Classifier)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        autocast = autocast_of(cfg)
         step, history = 0, []
         loss_sum, n_summed = torch.zeros((), device=device), 0  # since the last progress line
         if earlier:
@@ -416,7 +422,7 @@ def load(folder, device="auto"):
         if not all(needed in example for example in dicts):
             raise ValueError(f'{task.name} takes examples with "{needed}", and one has none')
         encoded = encode(dicts)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        with autocast_of(cfg):
             if writes:
                 return [{"label": answer} for answer in write_answers(model, task, encoded, tokenizer, device)]
             scores = score(model, encoded, tokenizer.pad, device)
