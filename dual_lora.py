@@ -216,6 +216,9 @@ def row_blocks(B, A):
     return [slice(start, start + step) for start in range(0, B.shape[0], step)]
 
 
+NO_AUTOCAST = [kind for kind in ("meta", "mps") if not torch.amp.is_autocast_available(kind)]  # mps: torch 2.4
+
+
 def autocast_off(tensor):
     """For BA and DC, which are formed in float32.
 
@@ -223,8 +226,8 @@ def autocast_off(tensor):
     size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
     Hence float32 adapters on any base. TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) is left as it is.
     """
-    kind = tensor.device.type  # some have no autocast, such as mps in torch 2.4
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    kind = tensor.device.type
+    return torch.autocast("cpu" if kind in NO_AUTOCAST else kind, enabled=False)
 
 
 # ---- LoRA, to compare with -------------------------------------------------------------------------------------------

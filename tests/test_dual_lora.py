@@ -574,6 +574,7 @@ def test_state_dict_alone_restores_a_layer_that_was_made_on_the_meta_device():
     with torch.device("meta"):
         fresh = Net()
     apply_adapters(fresh, ["up_proj", "down_proj"])
+    assert fresh.up_proj.weight.shape == (64, 32)  # a device without autocast
     fresh.to_empty(device="cpu").load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
 
