@@ -401,7 +401,7 @@ def load(folder, device="auto"):
     """The finished run in `folder`, as a function from a list of examples to a list of dicts.
 
         predict = train.load("out/sarcasm-dual_lora")
-        predict(["Area man wins"])          # [{"label": "sarcastic", "probability": 0.97}]
+        predict(["area man wins"])          # [{"label": "sarcastic", "probability": 0.99}]
 
     An example is a text, a pair of texts, or a dict as in the training data; a label in it is not read. The label of
     multiple choice is the index of a choice. Regression and written answers have a label alone.
