@@ -29,6 +29,7 @@ NEAR = 0.1  # so much below the best of its panel a run counts as one that learn
 NAMES = {"lora": "LoRA", "dual_lora": "Dual LoRA", "no_relu": "no ReLU", "no_sign": "no Sign", "loha": "LoHa: neither",
          "random_start": "LoRA, random start", "full": "full fine-tuning", "dora": "DoRA",
          "lora, fitted": "LoRA, fitted"}
+ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
 COLUMNS = ("task", "method", "learning_rate", "seed", "held_out")  # of a run, which its options repeat
 
 
@@ -117,7 +118,8 @@ def by_label(runs):
     differing = [name for name in sorted(names) if len({json.dumps(run["options"].get(name)) for run in runs}) > 1]
     labels = {}
     for run in runs:
-        options = [f"{name} {run['options'][name]}" for name in differing if name in run["options"]]
+        values = {name: run["options"][name] for name in differing if name in run["options"]}
+        options = ["all linear layers" if value == ALL_LINEAR else f"{name} {value}" for name, value in values.items()]
         labels.setdefault(", ".join([NAMES.get(run["method"], run["method"]), *options]), []).append(run)
     return labels
 
