@@ -45,7 +45,7 @@ first steps (set_warmup; without a call it is 1). At 0, for one step, the model 
 
 How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm. Choose init_std for
 1 to 20 %: within that it hardly mattered, and at 80 % one task of two failed (one model). alpha also scales each step
-of dW. Leave it at 16: four times as much did worse at every rate. Start from twice the rate that suits LoRA.
+of dW. Leave it at 16: four times as much did worse, at lower rates too. Start from twice the rate that suits LoRA.
 
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
 
