@@ -211,12 +211,6 @@ def encode(cfg, base, tokenizer, examples):
                            cfg.train_on_prompt)
 
 
-def relative_norms(model):
-    """The norm of dW over that of W0, of each adapted layer."""
-    return [(layer.delta_weight().norm() / layer._parameters["weight"].float().norm()).item()
-            for layer in adapted_layers(model).values()]
-
-
 def autocast_of(cfg):
     """The context of the products: bfloat16, or nothing, since not every torch knows autocast on every device."""
     kind = torch.device(cfg.device).type
@@ -321,7 +315,7 @@ def train(cfg):
         task = read_task(cfg)
         data = data_of(task)
         if earlier:
-            check_same_data(folder, earlier["data"], data)
+            check_same_data(folder, earlier, data)
         if result:
             print(f"{folder} holds the finished run: {result['metric']} {result['value']:.4f}")
             return result
@@ -412,7 +406,7 @@ def train(cfg):
                     note(folder, history, {"step": step, "validation": values})
                     print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
                 if saving:
-                    save_atomically({"settings": settings_of(cfg), "data": data, "step": step, "history": history,
+                    save_atomically({"settings": settings_of(cfg), **data, "step": step, "history": history,
                                      "n_summed": n_summed, "loss_sum": loss_sum.cpu(),
                                      "optimizer": optimizer.state_dict(),
                                      "parameters": {name: p.detach() for name, p in trained.items()}},
@@ -424,8 +418,8 @@ def train(cfg):
             values = evaluate(model, task, validation, tokenizer, device)
         note(folder, history, {"step": step, "validation": values})
         result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
-                  "validation": values, "examples": len(validation),
-                  "trainable": sum(p.numel() for p in trained.values()), "data": data, "settings": settings_of(cfg)}
+                  "validation": values, **data, "settings": settings_of(cfg),
+                  "trainable": sum(p.numel() for p in trained.values())}
         save_adapter(model, folder / "adapter.pt")
         note(folder, history, result)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -436,23 +430,23 @@ def train(cfg):
 
 
 def print_plan(cfg, model, examples, unset):
-    """What is trained and how. unset: names of options that were not set."""
-    sizes = [p.numel() for p in model.parameters()]
-    n_trained, n_cut = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(e.cut for e in examples)
+    """What is trained and how. unset: the options without a value of the user's."""
+    n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (0, 1))
     new_head = " and a new head" if isinstance(model, Classifier) else ""
-    print(f"{n_cut:,} examples are longer than {cfg.max_length} tokens and were cut\n"
-          f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "
-          f"{sum(sizes):,} parameters are trained, {100 * n_trained / sum(sizes):.2f} %")
     options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "max_length", "seed")
-    print(f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}")
     unset = [name for name in options if name in unset]
+    print(f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "
+          f"{n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
+          f"{sum(example.cut for example in examples):,} examples are longer than {cfg.max_length} tokens, and cut\n"
+          f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}")
     if unset:
         source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
-        norms = relative_norms(model)
-        print(f"dW starts with {100 * statistics.median(norms):.1f} % of W0's norm in the median of {len(norms)} "
-              f"layers, {100 * min(norms):.1f} to {100 * max(norms):.1f} %, once the warm-up is over")
+        norms = [100 * (layer.delta_weight().norm() / layer._parameters["weight"].norm()).item()
+                 for layer in adapted_layers(model).values()]
+        print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
+              f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -470,7 +464,7 @@ def load(folder, device="auto"):
     """
     folder = Path(folder).expanduser()
     run = finished_run(folder)
-    kind, classes = run["data"]["kind"], run["data"]["classes"]
+    kind, classes = run["kind"], run["classes"]
     cfg = pick_device(Config(**run["settings"] | {"device": device}))
     tokenizer, base = load_base(cfg)
     model = add_trained(cfg, base, kind, len(classes) or 1, folder / "adapter.pt")
@@ -500,28 +494,29 @@ def load(folder, device="auto"):
 
 
 def as_example(example, run, where):
-    """A text, a pair or a dict as the example that `run` takes; ValueError, which begins with `where`, if it is none."""
+    """A text, a pair or a dict as an example that `run`, a result, takes; or ValueError, which begins with `where`."""
     if isinstance(example, str):
         example = {"text_a": example}
     elif isinstance(example, (list, tuple)):
         if len(example) != 2:
             raise ValueError(f"{where} is a list of {len(example)}: it should be a text, a pair of texts, or a dict")
         example = dict(zip(("text_a", "text_b"), example))
-    example, data = check_example(example, where, labelled=False), run["data"]
+    example = check_example(example, where, labelled=False)
     needed = ("instruction" if run["settings"]["protocol"] == "instruct" else
-              "choices" if data["kind"] == "multiple_choice" else "text_a")
+              "choices" if run["kind"] == "multiple_choice" else "text_a")
     if needed not in example:
         raise ValueError(f'{where} has no "{needed}", which this run on {run["task"]} takes')
-    if needed == "text_a" and data["pairs"] in (0, data["train"]) and ("text_b" in example) != (data["pairs"] > 0):
-        raise ValueError(f"{where} is {'a pair of texts' if 'text_b' in example else 'a single text'}, and this run on "
-                         f"{run['task']} learnt from {'pairs' if data['pairs'] else 'single texts'}")
+    learnt = {0: "single texts", run["n_train"]: "pairs of texts"}.get(run["n_pairs"])  # None: from both
+    given = "pairs of texts" if "text_b" in example else "single texts"
+    if needed == "text_a" and learnt not in (given, None):
+        raise ValueError(f"{where}: this run on {run['task']} learnt from {learnt}, and takes no {given}")
     return example
 
 
 def predict_file(cfg):
     """Print a line of JSON for each line of the file, as they are made. All lines are checked before the first."""
-    run = finished_run(Path(cfg.out_dir))
-    examples = [as_example(example, run, where) for where, example in read_jsonl(Path(cfg.predict), labelled=False)]
+    run, path = finished_run(Path(cfg.out_dir)), Path("/dev/stdin" if cfg.predict == "-" else cfg.predict)
+    examples = [as_example(example, run, where) for where, example in read_jsonl(path, labelled=False)]
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no prediction
         predict = load(cfg.out_dir, cfg.device)
     for start in range(0, len(examples), 64):
@@ -541,7 +536,7 @@ def parse(arguments):
     for f in dataclasses.fields(Config):
         if f.metadata:
             kind = (typing.get_args(f.type) or (f.type,))[0]  # int, of int and of int | None
-            convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --out_dir=~/x alone
+            convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --name=~/x alone
             parser.add_argument(f"--{f.name}", type=convert, default=argparse.SUPPRESS, **f.metadata)
     given = vars(parser.parse_args(arguments))
     cfg = Config(**given, given=frozenset(given))
@@ -580,7 +575,7 @@ def check(cfg):
         raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
     if cfg.method == "full" and cfg.weights != "float32":
         raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
-    idle = cfg.given - {"predict", "out_dir", "device"} if cfg.predict else ()
+    idle = cfg.given - {"predict", "out_dir", "device"} if cfg.predict is not None else ()
     if idle:
         raise ValueError(f"--{', --'.join(sorted(idle))}: with --predict there are --out_dir, whose run has its own "
                          f"options, and --device")
@@ -590,14 +585,14 @@ def main(arguments):
     cfg = None
     try:
         cfg = parse(arguments)
-        if cfg.predict:
+        if cfg.predict is not None:
             predict_file(cfg)
         else:
             train(cfg)
         return 0
     except KeyboardInterrupt as interrupt:
         message = f"interrupted{f', and {interrupt}' if str(interrupt) else ''}"
-        if not cfg.predict and (Path(cfg.out_dir) / "checkpoint.pt").exists():
+        if cfg.predict is None and (Path(cfg.out_dir) / "checkpoint.pt").exists():
             message += f"; --resume=true goes on from {cfg.out_dir}/checkpoint.pt"
     except BrokenPipeError:  # whoever reads the predictions, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

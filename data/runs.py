@@ -152,8 +152,8 @@ def data_of(task):
         commonest = max(counts, key=counts.get)
         share = sum(example["label"] == commonest for example in task.validation) / len(task.validation)
     return {"kind": task.kind, "classes": task.classes, "counts": [counts[i] for i in range(len(task.classes))],
-            "train": len(task.train), "validation": len(task.validation), "commonest": share,
-            "pairs": sum("text_b" in example for example in task.train), "hash": digest.hexdigest()[:16]}
+            "n_train": len(task.train), "n_validation": len(task.validation), "commonest": share,
+            "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
 
 
 def describe(data, shown=8):
@@ -165,12 +165,12 @@ def describe(data, shown=8):
     counts = sorted(zip(data["counts"], map(str, data["classes"])), key=lambda pair: -pair[0])
     named = [f"{name[:40]} {count:,}" for count, name in counts[:shown]] + ["..."] * (len(counts) > shown)
     return (f"classification, {len(counts)} classes: {', '.join(named)}; the commonest is "
-            f"{counts[0][0] / data['train']:.2f} of them")
+            f"{counts[0][0] / data['n_train']:.2f} of them")
 
 
-def check_same_data(folder, then, now):
-    """ValueError naming the first difference between what data_of found then and now."""
-    for name in then:
-        if then[name] != now[name]:
-            raise ValueError(f"{folder} holds a run on other data: {name} {str(then[name])[:80]} there, "
-                             f"{str(now[name])[:80]} now; --overwrite=true starts anew")
+def check_same_data(folder, run, data):
+    """ValueError naming the first thing in which `data`, of data_of, differs from what the run in `folder` has kept."""
+    for name, now in data.items():
+        if run[name] != now:
+            raise ValueError(f"{folder} holds a run on other data: {name} {str(run[name])[:80]} there, "
+                             f"{str(now)[:80]} now; --overwrite=true starts anew")
