@@ -37,16 +37,16 @@ from data.metrics import METRICS, summarise
 from data.runs import check_same_data, data_of, describe, finished_run, interrupts_held, note, open_run_folder
 from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
-from dual_lora import (DualLoRALinear, LoRALinear, adapted_layers, apply_adapters, load_adapter, merge_adapters, merged,
-                       save_adapter, save_atomically, set_warmup)
+from dual_lora import (DualLoRA, LoRA, adapted_layers, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
+                       save_atomically, set_warmup)
 from model import GPT, Classifier, load_pretrained
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
-# A method: the layer that apply_adapters puts in, and the options that go to it. tests/evidence/methods.py adds more.
+# A method: the adapter that apply_adapters puts in, and the options that go to it. tests/evidence/methods.py adds more.
 METHODS = {
-    "dual_lora": (DualLoRALinear, ("r1", "r2", "alpha", "dropout", "init_std")),
-    "lora": (LoRALinear, ("r", "alpha", "dropout")),
+    "dual_lora": (DualLoRA, ("r1", "r2", "alpha", "dropout", "init_std")),
+    "lora": (LoRA, ("r", "alpha", "dropout")),
     "full": (None, ()),          # every weight
     "linear_probe": (None, ()),  # the head alone
 }
@@ -182,9 +182,9 @@ def load_base(cfg):
     return tokenizer, base
 
 
-def add_trained(cfg, base, kind, n_outputs, adapter=None):
-    """The model to train: base, with a head where the task needs one, and with new adapters, or those of the file
-    `adapter`. All else is frozen."""
+def add_trained(cfg, base, kind, n_outputs, file=None):
+    """The model to train: base, with a head where the task needs one, and with adapters. All else is frozen. What is
+    trained is new, or from an adapter.pt."""
     has_head = not (isinstance(base, GPT) and kind == "multiple_choice")
     if has_head and cfg.protocol == "instruct":
         raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, and this is {cfg.model} on {kind}")
@@ -193,13 +193,16 @@ def add_trained(cfg, base, kind, n_outputs, adapter=None):
     torch.manual_seed(cfg.seed)
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
-    layer, options = METHODS[cfg.method]
-    if adapter is not None:
-        load_adapter(model, adapter)
-    elif layer is not None:
+    adapter, options = METHODS[cfg.method]
+    if adapter is None:
+        if file is not None:
+            model.load_state_dict(torch.load(file, map_location=cfg.device, weights_only=True), strict=False)
+    elif file is not None:
+        load_adapter(model, file)
+    else:
         torch.manual_seed(cfg.seed + 1)
         targets = [target.strip() for target in cfg.targets.split(",")]
-        apply_adapters(model, targets, layer, **{name: getattr(cfg, name) for name in options})
+        apply_adapters(model, targets, adapter, **{name: getattr(cfg, name) for name in options})
     if has_head:
         model.head.requires_grad_(True)
     return model.train()
@@ -420,7 +423,10 @@ def train(cfg):
         result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
                   "validation": values, **data, "settings": settings_of(cfg),
                   "trainable": sum(p.numel() for p in trained.values())}
-        save_adapter(model, folder / "adapter.pt")
+        if has_adapters:
+            save_adapter(model, folder / "adapter.pt")
+        else:
+            save_atomically({name: p.detach() for name, p in trained.items()}, folder / "adapter.pt")
         note(folder, history, result)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     beside = "" if data["commonest"] is None else f", {data['commonest']:.4f} of them of the commonest class"
@@ -443,7 +449,7 @@ def print_plan(cfg, model, examples, unset):
         source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
-        norms = [100 * (layer.delta_weight().norm() / layer._parameters["weight"].norm()).item()
+        norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item()
                  for layer in adapted_layers(model).values()]
         print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
               f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)

@@ -20,7 +20,7 @@ import train
 from data.download import cache_dir
 from data.tasks import load_task
 from data.tokenizer import Tokenizer, byte_alphabet
-from dual_lora import DualLoRALinear
+from dual_lora import AdaptedLinear
 from model import read_config
 
 CPU = torch.device("cpu")
@@ -484,7 +484,7 @@ def test_the_factor_on_dw_grows_from_0_to_1(steps, factors, toys, tmp_path):
     seen = []
 
     def look(layer, inputs):
-        if isinstance(layer, DualLoRALinear) and layer.training:
+        if isinstance(layer, AdaptedLinear) and layer.training:
             seen.append(layer.warmup.item())
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)
