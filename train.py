@@ -37,7 +37,7 @@ from data.metrics import METRICS, summarise
 from data.runs import check_same_data, data_of, describe, finished_run, interrupts_held, note, open_run_folder
 from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
-from dual_lora import (DualLoRA, LoRA, adapted_layers, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
+from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
                        save_atomically, set_warmup)
 from model import GPT, Classifier, load_pretrained
 
@@ -212,6 +212,11 @@ def encode(cfg, base, tokenizer, examples):
     """The examples as rows of ids; no row is longer than cfg.max_length."""
     return encode_examples(examples, tokenizer, isinstance(base, GPT), cfg.max_length, cfg.protocol,
                            cfg.train_on_prompt)
+
+
+def adapted_layers(model):
+    """Those with an adapter, which verbs such as `merged` refuse to do without: full and linear_probe have none."""
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def autocast_of(cfg):
@@ -450,7 +455,7 @@ def print_plan(cfg, model, examples, unset):
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item()
-                 for layer in adapted_layers(model).values()]
+                 for layer in adapted_layers(model)]
         print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
               f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 
