@@ -214,7 +214,7 @@ def encode(cfg, base, tokenizer, examples):
                            cfg.train_on_prompt)
 
 
-def adapted_layers(model):
+def adapted(model):
     """Those with an adapter, which verbs such as `merged` refuse to do without: full and linear_probe have none."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
@@ -290,7 +290,7 @@ def write_answers(model, examples, tokenizer, device, name):
 def evaluate(model, task, examples, tokenizer, device):
     """{metric: value}. Inside `merged` dW is built once, and not for every batch and every written token."""
     model.eval()
-    with merged(model) if adapted_layers(model) else contextlib.nullcontext():
+    with merged(model) if adapted(model) else contextlib.nullcontext():
         if examples[0].prompt:
             answers = write_answers(model, examples, tokenizer, device, task.name)
             predictions = {"predicted": [int(answer == example.answer) for answer, example in zip(answers, examples)],
@@ -346,7 +346,7 @@ def train(cfg):
         base.gradient_checkpointing = cfg.gradient_checkpointing
         if cfg.compile:
             compile_training(model)
-        device, has_head, has_adapters = torch.device(cfg.device), model is not base, bool(adapted_layers(model))
+        device, has_head, has_adapters = torch.device(cfg.device), model is not base, bool(adapted(model))
         autocast = autocast_of(cfg)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
@@ -455,7 +455,7 @@ def print_plan(cfg, model, examples, unset):
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item()
-                 for layer in adapted_layers(model)]
+                 for layer in adapted(model)]
         print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
               f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 
@@ -479,7 +479,7 @@ def load(folder, device="auto"):
     cfg = pick_device(Config(**run["settings"] | {"device": device}))
     tokenizer, base = load_base(cfg)
     model = add_trained(cfg, base, kind, len(classes) or 1, folder / "adapter.pt")
-    if adapted_layers(model):
+    if adapted(model):
         merge_adapters(model)
     model.eval()
     device = torch.device(cfg.device)

@@ -14,7 +14,6 @@ import os
 import signal
 import tempfile
 import threading
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -144,16 +143,15 @@ def interrupts_held():
 
 def data_of(task):
     """What is kept of a run's data, a dict: to know them again, to describe them, and to predict for the like."""
-    digest, share = hashlib.sha256(), None
+    digest = hashlib.sha256()
     for example in (*task.train, "validation", *task.validation):
         digest.update(json.dumps(example).encode())
-    counts = Counter(example["label"] for example in task.train if task.classes)
-    if counts:
-        commonest = max(counts, key=counts.get)
-        share = sum(example["label"] == commonest for example in task.validation) / len(task.validation)
-    return {"kind": task.kind, "classes": task.classes, "counts": [counts[i] for i in range(len(task.classes))],
-            "n_train": len(task.train), "n_validation": len(task.validation), "commonest": share,
-            "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
+    labels = [[example.get("label") for example in part] for part in (task.train, task.validation)]
+    counts = [labels[0].count(i) for i in range(len(task.classes))]
+    commonest = labels[1].count(counts.index(max(counts))) / len(labels[1]) if counts else None
+    return {"kind": task.kind, "classes": task.classes, "counts": counts, "n_train": len(task.train),
+            "n_validation": len(task.validation), "n_pairs": sum("text_b" in example for example in task.train),
+            "commonest": commonest, "data": digest.hexdigest()[:16]}
 
 
 def describe(data, shown=8):
