@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -146,9 +147,10 @@ def data_of(task):
     digest = hashlib.sha256()
     for example in (*task.train, "validation", *task.validation):
         digest.update(json.dumps(example).encode())
-    labels = [[example.get("label") for example in part] for part in (task.train, task.validation)]
-    counts = [labels[0].count(i) for i in range(len(task.classes))]
-    commonest = labels[1].count(counts.index(max(counts))) / len(labels[1]) if counts else None
+    of_train, of_validation = (Counter(example.get("label") for example in part)
+                               for part in (task.train, task.validation))
+    counts = [of_train[i] for i in range(len(task.classes))]
+    commonest = of_validation[counts.index(max(counts))] / len(task.validation) if counts else None
     return {"kind": task.kind, "classes": task.classes, "counts": counts, "n_train": len(task.train),
             "n_validation": len(task.validation), "n_pairs": sum("text_b" in example for example in task.train),
             "commonest": commonest, "data": digest.hexdigest()[:16]}
