@@ -52,7 +52,7 @@ def parse(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = train.refuse
     parser.add_argument("--task", default="sarcasm", help="names or folders, with commas between (default sarcasm)")
-    parser.add_argument("--methods", default="lora,dual_lora", help="what is compared; differences are to the first one "
+    parser.add_argument("--methods", default="lora,dual_lora", help="what is compared, differences being to the first "
                         "(default lora,dual_lora)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method on each task (default 5)")
     parser.add_argument("--grid", help="learning rates to choose from; without it train.py's default is taken")
