@@ -32,13 +32,14 @@ from data import instruct
 from data.batches import (SEED_STRIDE, batches_by_length, by_choice, collate, collate_left, encode_examples,
                           epoch_batches)
 from data.download import model_folder
-from data.jsonl import check_example, read_jsonl
+from data.jsonl import read_jsonl
 from data.metrics import METRICS, summarise
-from data.runs import check_same_data, data_of, describe, finished_run, interrupts_held, note, open_run_folder
+from data.runs import (as_example, check_same_data, data_of, describe, finished_run, interrupts_held, note,
+                       open_run_folder, read_tensors, settings_to_go_on)
 from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
-from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
-                       save_atomically, set_warmup)
+from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged,
+                       save_adapter, save_atomically, set_warmup)
 from model import GPT, Classifier, load_pretrained
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
@@ -115,24 +116,10 @@ class Config:
                 setattr(self, name, os.path.abspath(path))
 
 
-NO_SETTINGS = ("out_dir", "resume", "overwrite", "predict", "given")  # of a run
-# A run may go on with another of these: they move no number but by rounding; data.runs compares the data themselves.
-MAY_CHANGE = ("device", "task", "data_dir", "micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
-
-
 def settings_of(cfg):
-    return {name: value for name, value in vars(cfg).items() if name not in NO_SETTINGS}
-
-
-def with_settings_of(earlier, cfg):
-    """cfg with the settings of the run to go on with; ValueError where the user gave other ones."""
-    settings = earlier["settings"]
-    given = {name: getattr(cfg, name) for name in settings if name in cfg.given and getattr(cfg, name) != "auto"}
-    other = [name for name in given if given[name] != settings[name] and name not in MAY_CHANGE]
-    if other:
-        raise ValueError(f"{cfg.out_dir} holds a run with {', '.join(f'{name} {settings[name]}' for name in other)}, "
-                         f"and --resume=true keeps its options")
-    return dataclasses.replace(cfg, **settings | {name: given[name] for name in MAY_CHANGE if name in given})
+    """The options that make a run what it is, {name: value}."""
+    return {name: value for name, value in vars(cfg).items()
+            if name not in ("out_dir", "resume", "overwrite", "predict", "given")}
 
 
 # ---- Defaults: what is not set, by kind of model. Each row was measured with one small model. ------------------------
@@ -194,18 +181,25 @@ def add_trained(cfg, base, kind, n_outputs, file=None):
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
     adapter, options = METHODS[cfg.method]
-    if adapter is None:
-        if file is not None:
-            model.load_state_dict(torch.load(file, map_location=cfg.device, weights_only=True), strict=False)
-    elif file is not None:
-        load_adapter(model, file)
-    else:
+    if file is not None:
+        (load_adapter if adapter else load_parameters)(model, file)
+    elif adapter:
         torch.manual_seed(cfg.seed + 1)
         targets = [target.strip() for target in cfg.targets.split(",")]
         apply_adapters(model, targets, adapter, **{name: getattr(cfg, name) for name in options})
     if has_head:
         model.head.requires_grad_(True)
     return model.train()
+
+
+def load_parameters(model, file):
+    """What load_adapter does, for a method without adapters."""
+    try:
+        unknown = model.load_state_dict(read_tensors(file), strict=False).unexpected_keys
+    except RuntimeError:
+        unknown = ["a shape"]
+    if unknown:
+        raise ValueError(f"{file} has {unknown[0]}, unlike this model")
 
 
 def encode(cfg, base, tokenizer, examples):
@@ -319,7 +313,7 @@ def train(cfg):
     with open_run_folder(folder, cfg.resume, cfg.overwrite) as (checkpoint, result):
         earlier = checkpoint or result
         if earlier:
-            cfg = with_settings_of(earlier, cfg)
+            cfg = dataclasses.replace(cfg, **settings_to_go_on(folder, earlier, cfg))
         task = read_task(cfg)
         data = data_of(task)
         if earlier:
@@ -502,26 +496,6 @@ def load(folder, device="auto"):
         return [{"label": classes[i] if classes else i, "probability": share} for i, share in best]
 
     return predict
-
-
-def as_example(example, run, where):
-    """A text, a pair or a dict as an example that `run`, a result, takes; or ValueError, which begins with `where`."""
-    if isinstance(example, str):
-        example = {"text_a": example}
-    elif isinstance(example, (list, tuple)):
-        if len(example) != 2:
-            raise ValueError(f"{where} is a list of {len(example)}: it should be a text, a pair of texts, or a dict")
-        example = dict(zip(("text_a", "text_b"), example))
-    example = check_example(example, where, labelled=False)
-    needed = ("instruction" if run["settings"]["protocol"] == "instruct" else
-              "choices" if run["kind"] == "multiple_choice" else "text_a")
-    if needed not in example:
-        raise ValueError(f'{where} has no "{needed}", which this run on {run["task"]} takes')
-    learnt = {0: "single texts", run["n_train"]: "pairs of texts"}.get(run["n_pairs"])  # None: from both
-    given = "pairs of texts" if "text_b" in example else "single texts"
-    if needed == "text_a" and learnt not in (given, None):
-        raise ValueError(f"{where}: this run on {run['task']} learnt from {learnt}, and takes no {given}")
-    return example
 
 
 def predict_file(cfg):

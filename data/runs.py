@@ -1,4 +1,4 @@
-"""A run's folder, and the data that the run is of.
+"""A run's folder, the data that the run is of, and what fits an earlier run.
 
     checkpoint.pt    while a run is unfinished: all that it needs to go on
     adapter.pt       when it is finished: what was trained
@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+
+from data.jsonl import check_example
 
 try:
     import fcntl
@@ -46,7 +48,7 @@ def open_run_folder(folder, resume, overwrite):
         if (unfinished or finished) and not (resume or overwrite):
             kind, way_out = ("an unfinished", "--resume=true") if unfinished else ("a finished", "another --out_dir")
             raise ValueError(f"{folder} holds {kind} run: give {way_out}, or --overwrite=true to start anew")
-        checkpoint = read_checkpoint(folder) if resume and unfinished else None
+        checkpoint = read_tensors(folder / "checkpoint.pt") if resume and unfinished else None
         yield checkpoint, finished_run(folder) if resume and finished and not unfinished else None
     finally:
         if handle is not None:  # the run that holds the folder, and no other, removes it if it is empty
@@ -81,13 +83,14 @@ def lock(folder):
         os.close(handle)  # this folder was removed by the run that had locked it, and is not the one of that name
 
 
-def read_checkpoint(folder):
+def read_tensors(path):
+    """What torch.save has written to `path`; ValueError for a file cut short."""
     try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return {**checkpoint, "data": checkpoint["data"]}
-    except Exception as error:  # torch raises half a dozen kinds for a file cut short
-        raise ValueError(f"{folder} holds no run that can be read ({type(error).__name__} in checkpoint.pt): "
-                         f"--overwrite=true starts anew") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds
+        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
 def finished_run(folder):
@@ -168,9 +171,46 @@ def describe(data, shown=8):
             f"{counts[0][0] / data['n_train']:.2f} of them")
 
 
+# ---- What fits a run -------------------------------------------------------------------------------------------------
+
+# A run may go on with another of these. They move numbers by rounding alone, and the data are compared by themselves.
+MAY_CHANGE = ("device", "task", "data_dir", "micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
+
+
+def settings_to_go_on(folder, run, cfg):
+    """The settings of the run in `folder`, {option: value}; ValueError where other ones were given in cfg."""
+    settings = run["settings"]
+    given = {name: getattr(cfg, name) for name in settings if name in cfg.given and getattr(cfg, name) != "auto"}
+    other = [name for name in given if given[name] != settings[name] and name not in MAY_CHANGE]
+    if other:
+        raise ValueError(f"{folder} holds a run with {', '.join(f'{name} {settings[name]}' for name in other)}, and "
+                         f"--resume=true keeps its options")
+    return settings | {name: given[name] for name in MAY_CHANGE if name in given}
+
+
 def check_same_data(folder, run, data):
     """ValueError naming the first thing in which `data`, of data_of, differs from what the run in `folder` has kept."""
     for name, now in data.items():
-        if run[name] != now:
-            raise ValueError(f"{folder} holds a run on other data: {name} {str(run[name])[:80]} there, "
+        if run.get(name) != now:
+            raise ValueError(f"{folder} holds a run on other data: {name} {str(run.get(name))[:80]} there, "
                              f"{str(now)[:80]} now; --overwrite=true starts anew")
+
+
+def as_example(example, run, where):
+    """A text, a pair or a dict as an example that `run`, a result, takes; or ValueError, which begins with `where`."""
+    if isinstance(example, str):
+        example = {"text_a": example}
+    elif isinstance(example, (list, tuple)):
+        if len(example) != 2:
+            raise ValueError(f"{where} is a list of {len(example)}: it should be a text, a pair of texts, or a dict")
+        example = dict(zip(("text_a", "text_b"), example))
+    example = check_example(example, where, labelled=False)
+    needed = ("instruction" if run["settings"]["protocol"] == "instruct" else
+              "choices" if run["kind"] == "multiple_choice" else "text_a")
+    if needed not in example:
+        raise ValueError(f'{where} has no "{needed}", which this run on {run["task"]} takes')
+    learnt = {0: "single texts", run["n_train"]: "pairs of texts"}.get(run["n_pairs"])  # None: from both
+    given = "pairs of texts" if "text_b" in example else "single texts"
+    if needed == "text_a" and learnt not in (given, None):
+        raise ValueError(f"{where}: this run on {run['task']} learnt from {learnt}, and takes no {given}")
+    return example
