@@ -169,7 +169,7 @@ def interrupt(in_step):
 def test_every_method_learns_and_keeps_what_it_trains_and_no_more(method, toys, tmp_path):
     ran = run(toys, tmp_path, f"--method={method}", "--max_steps=60", "--log_interval=20")
     assert losses(ran)[-1] < 0.95 * losses(ran)[0]
-    saved = {name: p for name, p in adapter(tmp_path).items() if not name.endswith(".warmup")}
+    saved = {name: p for name, p in adapter(tmp_path).items() if not name.endswith((".warmup", ".start_rms"))}
     assert sum(p.numel() for p in saved.values()) == ran[-1]["trainable"]
     head, names = {"head.weight", "head.bias"}, set(saved)
     if method == "full":
@@ -259,12 +259,12 @@ def test_one_example_instead_of_a_list_or_of_another_form_is_refused(toys, tmp_p
     for slip in ("good", {"text_a": "good"}, iter(["good"])):
         with pytest.raises(ValueError, match=r"takes a list of examples, .*: predict\(\[...\]\)"):
             one(slip)
-    for predict, examples, words in (
-            (one, ["good", ("good", "film", "bad")], "example 1 is a list of 3"), (one, [3], "example 0: 3 is no object"),
-            (one, [("so", "good")], "learnt from single texts, and takes no pairs"), (one, [{"text_a": None}], "text_a"),
-            (two, ["good"], "learnt from pairs of texts, and takes no single"), (two, [["so"]], "is a list of 1")):
+    for predict, example, words in (
+            (one, ("good", "film", "bad"), "example 1 is a list of 3"), (one, 3, "example 1: 3 is no object"),
+            (one, ("so", "good"), "learnt from single texts, and takes no pairs"), (one, {"text_a": None}, "text_a"),
+            (two, "good", "learnt from pairs of texts, and takes no single"), (two, ["so"], "is a list of 1")):
         with pytest.raises(ValueError, match=words):
-            predict(examples)
+            predict(["good" if predict is one else ("so", "good"), example])
 
 
 def test_lines_to_predict_come_as_they_are_made_and_in_order(toys, tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_file_to_predict_that_does_not_fit_is_one_line_and_no_prediction(toys,
     capsys.readouterr()
     for lines, words in (([{"prompt": "a", "choices": ["b", "c"]}], 'line 1 has no "text_a", which this run on names'),
                          (["fine", 3], "texts.jsonl, line 2"),
-                         (["fine", {"text_a": "so", "text_b": "fine"}], "line 2: this run on names learnt from single")):
+                         (["fine", {"text_a": "so", "text_b": "fine"}], "line 2: this run on names learnt from")):
         write_lines(tmp_path / "texts.jsonl", lines)
         assert words in fails(options, 1, capsys)
     write_lines(tmp_path / "texts.jsonl", ["fine"])
@@ -532,7 +532,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_anything_else(toys, t
     assert f"{tmp_path / 'out'} cannot be written (Permission denied): give another --out_dir" in error
 
 
-def test_metrics_grow_as_the_run_goes_and_lines_after_the_checkpoint_are_not_repeated(toys, tmp_path, in_step, interrupt):
+def test_metrics_grow_as_the_run_goes_and_a_resumed_run_repeats_no_line(toys, tmp_path, in_step, interrupt):
     more, seen = ["--log_interval=1", "--checkpoint_interval=4"], []
     in_step(4, lambda: seen.extend(lines(tmp_path / "whole")))
     whole = run(toys, tmp_path / "whole", *more)
@@ -691,7 +691,8 @@ def test_the_learning_rate_rises_then_falls_and_nothing_is_decayed(toys, tmp_pat
     assert used == [(pytest.approx(0.01 * rate), 0) for rate in (0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25)]
 
 
-@pytest.mark.parametrize("steps, factors", [(4, [0.25, 0.5, 0.75, 1, 1, 1]), (0, [1] * 6), (12, [i / 12 for i in range(1, 7)])])
+@pytest.mark.parametrize("steps, factors", [(4, [0.25, 0.5, 0.75, 1, 1, 1]), (0, [1] * 6),
+                                            (12, [i / 12 for i in range(1, 7)])])
 def test_the_factor_on_dw_grows_to_1(steps, factors, toys, tmp_path):
     seen = []
 
@@ -739,14 +740,11 @@ def test_the_first_lines_say_what_the_run_is_of(toys, tmp_path, capsys):
     assert "\nregression, since labels have a decimal point\n" in capsys.readouterr().out
 
 
-def test_many_classes_are_one_line_that_is_cut(toys, tmp_path, capsys):
-    examples = [{"text_a": "good", "label": f"class {i}"} for i in range(20) for _ in range(20 - i)]
-    (tmp_path / "task").mkdir()
-    for split in ("train", "validation"):
-        write_lines(tmp_path / "task" / f"{split}.jsonl", examples)
-    run(toys, tmp_path / "out", f"--task={tmp_path / 'task'}", "--max_steps=0")
-    assert ("20 classes: class 0 20, class 1 19, class 2 18, class 3 17, class 4 16, class 5 15, class 6 14, class 7 13, "
-            "...; the commonest is 0.10 of them\n") in capsys.readouterr().out
+def test_many_classes_are_one_line_that_is_cut():
+    counts = list(range(20))
+    data = {"kind": "classification", "classes": [f"c{i}" for i in counts], "counts": counts, "n_train": sum(counts)}
+    assert runs.describe(data) == ("classification, 20 classes: c19 19, c18 18, c17 17, c16 16, c15 15, c14 14, "
+                                   "c13 13, c12 12, ...; the commonest is 0.10 of them")
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
