@@ -35,7 +35,7 @@ from data.download import model_folder
 from data.jsonl import read_jsonl
 from data.metrics import METRICS, summarise
 from data.runs import (as_example, check_same_data, data_of, describe, finished_run, interrupts_held, note,
-                       open_run_folder, read_tensors, settings_to_go_on)
+                       open_run_folder, read_tensors, settings_to_keep)
 from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged,
@@ -181,8 +181,10 @@ def add_trained(cfg, base, kind, n_outputs, file=None):
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
     adapter, options = METHODS[cfg.method]
-    if file is not None:
-        (load_adapter if adapter else load_parameters)(model, file)
+    if file is not None and adapter:
+        load_adapter(model, file)
+    elif file is not None:
+        load_parameters(model, file)
     elif adapter:
         torch.manual_seed(cfg.seed + 1)
         targets = [target.strip() for target in cfg.targets.split(",")]
@@ -313,7 +315,7 @@ def train(cfg):
     with open_run_folder(folder, cfg.resume, cfg.overwrite) as (checkpoint, result):
         earlier = checkpoint or result
         if earlier:
-            cfg = dataclasses.replace(cfg, **settings_to_go_on(folder, earlier, cfg))
+            cfg = dataclasses.replace(cfg, **settings_to_keep(folder, earlier, cfg))
         task = read_task(cfg)
         data = data_of(task)
         if earlier:
@@ -436,20 +438,20 @@ def train(cfg):
 
 def print_plan(cfg, model, examples, unset):
     """What is trained and how. unset: the options without a value of the user's."""
-    n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (0, 1))
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     new_head = " and a new head" if isinstance(model, Classifier) else ""
     options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "max_length", "seed")
     unset = [name for name in options if name in unset]
     print(f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "
           f"{n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
-          f"{sum(example.cut for example in examples):,} examples are longer than {cfg.max_length} tokens, and cut\n"
+          f"examples longer than {cfg.max_length} tokens, which were cut: {sum(e.cut for e in examples):,}\n"
           f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}")
     if unset:
         source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
-        norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item()
-                 for layer in adapted(model)]
+        norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
         print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
               f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 

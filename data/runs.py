@@ -177,7 +177,7 @@ def describe(data, shown=8):
 MAY_CHANGE = ("device", "task", "data_dir", "micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
 
 
-def settings_to_go_on(folder, run, cfg):
+def settings_to_keep(folder, run, cfg):
     """The settings of the run in `folder`, {option: value}; ValueError where other ones were given in cfg."""
     settings = run["settings"]
     given = {name: getattr(cfg, name) for name in settings if name in cfg.given and getattr(cfg, name) != "auto"}

@@ -724,7 +724,7 @@ def test_the_first_lines_say_what_the_run_is_of(toys, tmp_path, capsys):
     run(toys, tmp_path / "out", "--max_length=8")
     shown, task = capsys.readouterr().out, load_task(toys / "names")
     longer = sum(len(example["text_a"].split()) > 6 for example in task.train + task.validation)
-    assert f"\n{longer} examples are longer than 8 tokens, and cut\n" in shown and longer > 5
+    assert f"\nexamples longer than 8 tokens, which were cut: {longer}\n" in shown and longer > 5
     likes = sum(example["label"] == 1 for example in task.train)
     counts = sorted([(60 - likes, "dislikes it"), (likes, "likes it")], key=lambda pair: -pair[0])
     assert (f"\nclassification, 2 classes: {counts[0][1]} {counts[0][0]}, {counts[1][1]} {counts[1][0]}; the commonest "
