@@ -452,7 +452,7 @@ def print_plan(cfg, model, examples, unset):
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
-        print(f"norm of dW at the start, its factor at 1: {statistics.median(norms):.1f} % of W0's (median of "
+        print(f"norm of dW at the start, with its full factor: {statistics.median(norms):.1f} % of W0's (median of "
               f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 
 

@@ -734,7 +734,7 @@ def test_the_first_lines_say_what_the_run_is_of(toys, tmp_path, capsys):
     assert "bert and a new head on cpu in float32: " in shown
     layers = [layer for layer in build(arguments(toys, tmp_path))[3].modules() if isinstance(layer, AdaptedLinear)]
     norms = sorted(100 * (layer.weight - layer.W0).norm().item() / layer.W0.norm().item() for layer in layers)
-    assert (f"its factor at 1: {sum(norms[1:3]) / 2:.1f} % of W0's (median of 4 layers, {norms[0]:.1f} to "
+    assert (f"with its full factor: {sum(norms[1:3]) / 2:.1f} % of W0's (median of 4 layers, {norms[0]:.1f} to "
             f"{norms[-1]:.1f} %)\n") in shown
     run(toys, tmp_path / "regression", task="regression")
     assert "\nregression, since labels have a decimal point\n" in capsys.readouterr().out
