@@ -582,7 +582,6 @@ def main(arguments):
         if cfg.predict is None and (Path(cfg.out_dir) / "checkpoint.pt").exists():
             message += f"; --resume=true goes on from {cfg.out_dir}/checkpoint.pt"
     except BrokenPipeError:  # whoever reads the predictions, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a smaller --micro_batch_size, or --gradient_checkpointing=true"

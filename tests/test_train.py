@@ -267,18 +267,21 @@ def test_one_example_instead_of_a_list_or_of_another_form_is_refused(toys, tmp_p
             predict(["good" if predict is one else ("so", "good"), example])
 
 
-def test_lines_to_predict_come_as_they_are_made_and_in_order(toys, tmp_path, monkeypatch):
+def test_lines_to_predict_come_as_they_are_made_in_order_and_alone(toys, tmp_path, monkeypatch, capsys):
     run(toys, tmp_path / "out")
     texts = [" ".join(["very"] * (i % 7) + ["good"]) for i in range(70)]
     write_lines(tmp_path / "texts.jsonl", [text if i % 2 else {"text_a": text} for i, text in enumerate(texts)])
-    shown, score = [], train.score
+    capsys.readouterr()
+    shown, score, load = [], train.score, train.load
+    monkeypatch.setattr(train, "load", lambda *args: sys.stdout.write("fetching a model") and load(*args))
     monkeypatch.setattr(train, "score", lambda *args: shown.append("scored") or score(*args))
     monkeypatch.setattr("builtins.print", lambda line, **how: shown.append(json.loads(line) if how["flush"] else line))
     options = [f"--predict={tmp_path / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
     assert train.main(options) == 0
     places = [i for i, entry in enumerate(shown) if entry == "scored"]
     assert places == [0, 65] and len(shown) == 72
-    found, expected = [entry for entry in shown if entry != "scored"], train.load(tmp_path / "out")(texts)
+    assert capsys.readouterr().out == ""
+    found, expected = [entry for entry in shown if entry != "scored"], load(tmp_path / "out")(texts)
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert [entry["probability"] for entry in found] == pytest.approx([e["probability"] for e in expected], abs=1e-5)
 
