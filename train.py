@@ -392,9 +392,9 @@ def train(cfg):
                 optimizer.zero_grad()
                 step += 1
 
-                last = step == cfg.max_steps
+                last, stopping = step == cfg.max_steps, bool(interrupted)
                 logging = last or step % cfg.log_interval == 0
-                saving = last or step % cfg.checkpoint_interval == 0 or interrupted
+                saving = last or stopping or step % cfg.checkpoint_interval == 0
                 if (logging or saving) and not loss_sum.isfinite():  # not at every step: it waits for the GPU
                     raise FloatingPointError(f"the loss is NaN or infinite at step {step}: "
                                              f"try a lower --learning_rate")
@@ -415,7 +415,7 @@ def train(cfg):
                                      "optimizer": optimizer.state_dict(),
                                      "parameters": {name: p.detach() for name, p in trained.items()}},
                                     folder / "checkpoint.pt")
-                if interrupted:
+                if stopping:
                     raise KeyboardInterrupt(f"saved after step {step}")
 
         with autocast:

@@ -760,6 +760,7 @@ def test_many_classes_are_one_line_that_is_cut():
     ("--train_on_prompt=true", "does nothing with --protocol=likelihood"),
     ("--method=lora --init_std=1", "--init_std=1.0 does nothing with --method=lora"),
     ("--method=full --r=8", "--r=8 does nothing with --method=full"),
+    ("--method=lora --scale_warmup_steps=9", "--scale_warmup_steps=9 does nothing with --method=lora"),
     ("--method=full --weights=bfloat16", "--weights=bfloat16 with --method=full")])
 def test_a_bad_option_is_one_line_and_status_2(option, words, toys, tmp_path, capsys):
     assert words in fails([*arguments(toys, tmp_path / "out"), *option.split()], 2, capsys)
