@@ -506,9 +506,10 @@ def predict_file(cfg):
     examples = [as_example(example, run, where) for where, example in read_jsonl(path, labelled=False)]
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no prediction
         predict = load(cfg.out_dir, cfg.device)
-    for start in range(0, len(examples), 64):
-        for prediction in predict(examples[start:start + 64]):
-            print(json.dumps(prediction), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # whoever reads them, such as head, has enough
+        for start in range(0, len(examples), 64):
+            for prediction in predict(examples[start:start + 64]):
+                print(json.dumps(prediction), flush=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -581,8 +582,6 @@ def main(arguments):
         message = f"interrupted{f', and {interrupt}' if str(interrupt) else ''}"
         if cfg.predict is None and (Path(cfg.out_dir) / "checkpoint.pt").exists():
             message += f"; --resume=true goes on from {cfg.out_dir}/checkpoint.pt"
-    except BrokenPipeError:  # whoever reads the predictions, such as head, has enough
-        return 0
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a smaller --micro_batch_size, or --gradient_checkpointing=true"
     except (ValueError, OSError, FloatingPointError) as error:

@@ -626,7 +626,7 @@ def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(toys, tmp_path, int
     content = (tmp_path / "checkpoint.pt").read_bytes()
     for length in (0, 1000, len(content) // 2):
         (tmp_path / "checkpoint.pt").write_bytes(content[:length])
-        assert "checkpoint.pt cannot be read (" in fails(arguments(toys, tmp_path, "--resume=true"), 1, capsys)
+        assert "checkpoint.pt cannot be read, as if cut short (" in fails(arguments(toys, tmp_path, "--resume=true"), 1, capsys)
         assert files(tmp_path)["checkpoint.pt"] == content[:length]
 
 
