@@ -90,8 +90,8 @@ def read_tensors(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises half a dozen kinds
-        raise ValueError(f"{path} cannot be read, as if cut short ({type(error).__name__}): --overwrite=true starts the "
-                         f"run anew") from None
+        raise ValueError(f"{path} cannot be read, as if cut short ({type(error).__name__}): --overwrite=true starts "
+                         f"anew") from None
 
 
 def finished_run(folder):

@@ -179,6 +179,21 @@ def test_every_method_learns_and_keeps_what_it_trains_and_no_more(method, toys, 
         assert (names == head) == (method == "linear_probe")
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "linear_probe"])
+def test_what_a_run_has_trained_is_loaded_or_refused(method, toys, tmp_path):
+    final = run(toys, tmp_path, f"--method={method}", "--max_steps=60")[-1]
+    examples = load_task(toys / "names").validation
+    found = [prediction["label"] for prediction in train.load(tmp_path)(examples)]
+    assert sum(a == final["classes"][b["label"]] for a, b in zip(found, examples)) / 23 == final["value"] > 0.7
+    content = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    state = content.get("state", content)
+    for name, value in (("head.wait", state.pop("head.weight")), ("head.weight", torch.zeros(3, 3))):
+        state[name] = value
+        torch.save(content, tmp_path / "adapter.pt")
+        with pytest.raises(ValueError, match="adapter.pt"):
+            train.load(tmp_path)
+
+
 def test_training_learns_what_there_is_to_learn(toys, tmp_path):
     targets = "--targets=q_proj,v_proj,up_proj,down_proj"
     assert run(toys, tmp_path, "--max_steps=150", "--learning_rate=0.02", targets)[-1]["value"] >= 0.95
