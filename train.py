@@ -76,18 +76,18 @@ class Config:
     r2: int | None = option(None, "rank of Dual LoRA's direction group, if not r / 2")
     alpha: float = option(16.0, "scale of dW, which is what an adapter adds to a layer's weight W0")
     dropout: float = option(0.0, "dropout on the adapters' input")
-    init_std: float | None = option(None, "standard deviation of Dual LoRA's four matrices at the start")
+    init_std: float | None = option(None, "spread of Dual LoRA's four matrices at the start; default 0.05 (GPT: 0.02)")
     scale_warmup_steps: int | None = option(None, "steps until Dual LoRA's dW counts in full; default 30 or fewer")
     # optimisation
     learning_rate: float | None = option(None, "AdamW's, at its peak; default by model and method")
     lr_warmup_steps: int | None = option(None, "steps in which the rate rises, then it falls to 0; default 6 %% of all")
     batch_size: int = option(32, "examples a step")
     micro_batch_size: int | None = option(None, "examples at once, if not all of a step; dW is built anew for each")
-    max_steps: int | None = option(None, "steps of training, whatever the data's size; 0 evaluates the base model")
+    max_steps: int | None = option(None, "steps, whatever the data's size; default 560 (GPT: 200); 0: the base model")
     epochs: float | None = option(None, "passes over the data, instead of max_steps; a last smaller batch is left out")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     # data, evaluation, files
-    max_length: int | None = option(None, "tokens of a text, or two; longer ones are cut")
+    max_length: int | None = option(None, "tokens of a text or pair; longer ones are cut; default 128 (GPT: 256)")
     eval_interval: int | None = option(None, "steps between evaluations, besides the one at the end")
     eval_examples: int | None = option(None, "evaluate on the first so many validation examples of each set")
     held_out: bool = option(False, "validate on held-out training data: tune with this")
@@ -102,7 +102,7 @@ class Config:
     out_dir: str | None = option(None, "the run's folder; default out/TASK-METHOD")
     resume: bool = option(False, "go on from the folder's checkpoint, if it has one, with that run's options")
     overwrite: bool = option(False, "start anew where another run is; its files stay until there are new ones")
-    predict: str | None = option(None, "JSONL file, or - for standard input: print what the run says of each line")
+    predict: str | None = option(None, "a JSONL file, or - for standard input: what the run in out_dir says of it")
     given: frozenset | None = None  # no option: the names of those that were given, at their default or not
 
     def __post_init__(self):
