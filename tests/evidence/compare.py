@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -147,12 +148,16 @@ def make_runs(configs, out_dir, jobs):
             yield run_one(cfg, out_dir)
         return
     with concurrent.futures.ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending = [pool.submit(run_one, cfg, out_dir) for cfg in configs]
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                yield future.result()
-        finally:  # Ctrl-C ends the runs that are being made; those that wait should not begin
-            pool.shutdown(wait=False, cancel_futures=True)
+        pending = [pool.submit(run_in_worker, cfg, out_dir) for cfg in configs]
+        for future in concurrent.futures.as_completed(pending):
+            yield future.result()
+
+
+def run_in_worker(cfg, out_dir):
+    try:
+        return run_one(cfg, out_dir)
+    except KeyboardInterrupt:  # the run has saved its state; a worker that went on would begin another one
+        os._exit(1)
 
 
 def run_one(cfg, out_dir):
