@@ -211,7 +211,7 @@ def encode(cfg, base, tokenizer, examples):
 
 
 def adapted(model):
-    """Those with an adapter, which verbs such as `merged` refuse to do without: full and linear_probe have none."""
+    """The layers with an adapter. full and linear_probe have none, and verbs such as `merged` refuse that."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
@@ -261,12 +261,13 @@ def score(model, examples, pad, device):
             found = torch.stack([part.sum() for part in logprobs])[:, None].cpu()  # (rows, 1)
         for i, of_row in zip(chosen, found):
             scores[i] = of_row
-    check_finite(torch.stack(scores))
-    return [part.flatten() for part in torch.stack(scores).split([len(example.rows) for example in examples])]
+    scores = torch.stack(scores)  # (rows, classes), or (rows, 1)
+    check_finite(scores)
+    return [part.flatten() for part in scores.split([len(example.rows) for example in examples])]
 
 
 def check_finite(outputs):
-    if not outputs.isfinite().all():  # the largest of them would be the first NaN
+    if not outputs.isfinite().all():  # argmax would take NaN for the largest, and say nothing
         raise FloatingPointError("the model's output is NaN or infinite: its weights are broken, or it overflows")
 
 
