@@ -265,7 +265,7 @@ def write_answers(model, task, examples, tokenizer, device):
         idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad, device)
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
-            answers[i] = instruct.extract(examples[i].set or task.name, tokenizer.decode(ids))
+            answers[i] = instruct.extract(examples[i].subset or task.name, tokenizer.decode(ids))
     return answers
 
 

@@ -53,8 +53,8 @@ def score(metric, predictions, labels):
 def summarise(task, examples, predictions):
     """{metric: value}. Where the examples are of several sets, first the means over the sets, then each set's."""
     by_set = {}
-    for name in sorted({example.set for example in examples}):
-        chosen = [i for i, example in enumerate(examples) if example.set == name]
+    for name in sorted({example.subset for example in examples}):
+        chosen = [i for i, example in enumerate(examples) if example.subset == name]
         part = {kind: [values[i] for i in chosen] for kind, values in predictions.items()}
         labels = [1 if "failed" in part else examples[i].label for i in chosen]
         names = sorted(metrics_of(task), key=lambda metric: metric != task.metric)  # the main one first

@@ -39,7 +39,7 @@ def test_the_correlation_of_a_constant_or_a_diverged_run_is_zero(bad):
 
 
 def test_several_sets_are_scored_apart_and_averaged_and_the_main_metric_comes_first():
-    examples = [Example([], label, set=name) for name, label in (("a", 0), ("a", 1), ("b", 1))]
+    examples = [Example([], label, subset=name) for name, label in (("a", 0), ("a", 1), ("b", 1))]
     values = summarise(Task("t", "classification", [0, 1], "f1", [], []), examples, {"main": [0, 0, 1]})
     assert values["accuracy_a"] == 0.5 and values["accuracy_b"] == 1.0 and values["accuracy"] == 0.75
     assert list(values)[:3] == ["f1", "accuracy", "matthews"]

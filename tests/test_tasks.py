@@ -287,7 +287,7 @@ def test_a_gpts_pair_has_the_tokens_of_the_whole_text():
     """SentencePiece puts a space before each text that it encodes: here the id 99."""
     tokenizer = make_tokenizer()
     (row,) = encode_one({"text_a": "ab ", "text_b": "c"}, True, encode=lambda text: [99] + tokenizer.encode(text)).rows
-    assert row.ids == [99] + tokenizer.encode("ab \nc") and row.start == len(row.ids)
+    assert row == ([99] + tokenizer.encode("ab \nc"), 3)
 
 
 VOCAB = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "vocab"
@@ -317,22 +317,38 @@ def test_the_prompt_to_generate_from_does_not_know_the_response():
 
 
 @pytest.mark.parametrize("is_gpt", [True, False])
-def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
-    (first, begin), (second, _) = encode_one({"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, is_gpt, 10).rows
-    assert len(first) == len(second) == 10 and 19 in first[:begin] and 10 not in first
+def test_only_what_does_not_fit_is_cut_and_all_choices_follow_the_same_end_of_the_prompt(is_gpt):
+    long, short = {"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, {"prompt": "ab", "choices": ["kkkkkkkk", "l"]}
+    (first, begin), (second, _) = encode_one(long, is_gpt, 16).rows
+    assert first[:begin] == second[:begin] and 19 in first[:begin] and 10 not in first and len(second) == 16
+    assert len(second) - begin == 8 if is_gpt else 7, "half of the room"
+    whole = encode_one(short, is_gpt, 10 if is_gpt else 13)  # of just max_length, and most of it is a choice
+    assert not whole.cut and [ids[start:start + 8].count(20) for ids, start in whole.rows] == [8, 0]
 
 
-@pytest.mark.parametrize("example", [{"text_a": "abcdefghi"}, {"text_a": "abcd", "text_b": "efghi"},
-                                     {"prompt": "abcdefghi", "choices": ["j", "k"]}])
-@pytest.mark.parametrize("is_gpt", [True, False])
-def test_an_example_knows_whether_it_was_cut(example, is_gpt):
-    short = encode_one(example, is_gpt, 8, add_bos=True)
-    assert short.cut and not encode_one(example, is_gpt, 20).cut and all(len(row.ids) == 8 for row in short.rows)
+def test_a_response_keeps_its_end_of_text():
+    record = {"instruction": "i", "output": "y" * 100, "answer": "y"}
+    fits = encode_one(record, True, 1000, "instruct")
+    length = len(fits.rows[0].ids)
+    for max_length, cut in ((length, False), (length - 1, True), (60, True)):
+        example = encode_one(record, True, max_length, "instruct")
+        assert (example.cut, len(example.rows[0].ids), example.rows[0].ids[-1]) == (cut, max_length, 4)
+
+
+@pytest.mark.parametrize("example, of_gpt, of_encoder", [
+    ({"text_a": "abcdefghi"}, 10, 11), ({"text_a": "abcd", "text_b": "efghi"}, 10, 12),
+    ({"prompt": "abcdefghi", "choices": ["j", "k"]}, 11, 13)])
+def test_a_text_of_just_max_length_is_whole_and_one_token_less_cuts_it(example, of_gpt, of_encoder):
+    for is_gpt, length in ((True, of_gpt), (False, of_encoder)):
+        for max_length, cut in ((length, False), (length - 1, True)):
+            encoded = encode_one(example, is_gpt, max_length, add_bos=True)
+            assert encoded.cut is cut and {len(row.ids) for row in encoded.rows} == {max_length}
 
 
 def test_the_longer_text_is_shortened_first():
-    assert shorten([1] * 9, [2] * 3, 8) == ([1] * 5, [2] * 3) and shorten([1], [2] * 9, 8) == ([1], [2] * 7)
-    assert shorten([1, 2, 3], [4] * 9, 4, keep_end=True) == ([2, 3], [4, 4])
+    assert shorten([1] * 9, [[2] * 3], 8) == ([1] * 5, [[2] * 3], True)
+    assert shorten([1], [[2] * 9], 8) == ([1], [[2] * 7], True)
+    assert shorten([1, 2, 3], [[4] * 9, [5]], 4, keep_end=True) == ([2, 3], [[4, 4], [5]], True)
 
 
 @pytest.mark.parametrize("is_gpt", [True, False])
