@@ -70,7 +70,7 @@ COMMONSENSE = {
     "arc_challenge": Commonsense("arc_challenge", "test", science, "answer[1-5]"),
     "openbookqa":    Commonsense("openbookqa", "test", science, "answer[1-5]"),
 }
-ANY_ANSWER = "|".join(row.pattern for row in COMMONSENSE.values())
+ANY_ANSWER = "|".join(dict.fromkeys(row.pattern for row in COMMONSENSE.values()))
 
 
 def record(name, doc):
@@ -95,9 +95,19 @@ def prompt(instruction):
 
 def extract(name, generated):
     """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
-    pattern = COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER
-    found = re.search(pattern, generated)
+    found = re.search(pattern_of(name), generated)
     return found and found[0]
+
+
+def pattern_of(name):
+    return COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER
+
+
+def check_answer(example, name, where):
+    """ValueError if the example's output does not give its answer: no response could be right."""
+    if "output" in example and extract(name, example["output"]) != example["answer"]:
+        raise ValueError(f'{where}: "answer" is {example["answer"][:40]!r}, and should be the first of these words in '
+                         f'"output": {pattern_of(name)}; "output" is {example["output"][:80]!r}')
 
 
 def read_records(path):
@@ -106,6 +116,5 @@ def read_records(path):
     for number, row in enumerate(read_json(path), 1):
         where = f"{path}, entry {number}"
         examples.append(check_example(row, where))
-        if row.get("input"):
-            raise ValueError(f'{where} has an "input", for which the template has no place')
+        check_answer(examples[-1], "", where)
     return examples

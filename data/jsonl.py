@@ -4,10 +4,14 @@
     regression         the same, with labels that have a decimal point
     multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right choice}
 The full text of a choice is prompt + choice, so a choice begins with its own space. For the instruct protocol an
-example also has "instruction", "output" (the response to learn) and "answer" (what to look for in the generated text);
-it may have these three alone. "set" names a part of the validation data; parts are scored one by one and averaged.
+example also has "instruction", "output" (the response to learn) and "answer" (what is looked for in the output and in
+generated text); it may have these three alone. "set" names a part of the validation data; parts are scored one by one
+and averaged. Other fields are not read.
 """
 import json
+
+
+FORM, PREDICTION_FORM = '{"text_a": "a text", "label": 1}', '"a text", in quotes, or {"text_a": "a text"}'
 
 
 def read_lines(path):
@@ -22,86 +26,86 @@ def read_lines(path):
             yield where, text
 
 
+def parse(text, where, advice=""):
+    """What the JSON `text` holds; ValueError beginning with `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # brackets in brackets in brackets ...
+        raise ValueError(f"{where}: not JSON that can be read ({error}){advice}") from None
+
+
 def read_json(path):
     """What a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+    return parse(path.read_bytes(), path)
 
 
 def read_jsonl(path, labelled=True):
     """List of (place, example), place being "FILE, line N"; ValueError naming the first bad line. labelled=False:
     examples to predict from, whose "label", "output" and "answer" are not read; a line may be a text alone."""
-    refuse_table(path)
+    refuse_table(path, labelled)
+    form = FORM if labelled else PREDICTION_FORM
     examples = []
     for where, line in read_lines(path):
         if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+            raise ValueError(f"{where}: the line is blank; remove it")
+        record = parse(line, where, f"; a line is {form}")
         if isinstance(record, str) and not labelled:
             record = {"text_a": record}
         examples.append((where, check_example(record, where, labelled)))
     if not examples:
-        raise ValueError(f"{path} is empty: it should hold one JSON object a line")
+        raise ValueError(f"{path} is empty; a line is {form}")
     return examples
 
 
-def refuse_table(path):
+def refuse_table(path, labelled=True):
     """ValueError for a CSV or TSV file, with the command that turns it into JSONL."""
     if path.suffix.lower() in (".csv", ".tsv"):
         tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
+        label, target = (", label=row['LABEL']", "train.jsonl") if labelled else ("", "texts.jsonl")
         raise ValueError(
             f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
-            f"row['TEXT'], label=row['LABEL']))) for row in csv.DictReader(open('{path}'){tabs})]\" > train.jsonl, "
-            f"with the names of your columns for TEXT and LABEL; for regression float(row['LABEL'])")
+            f"row['TEXT']{label}))) for row in csv.DictReader(open('{path}', encoding='utf-8-sig'){tabs})]\" > {target}"
+            f", with the names of your columns for the words in capitals; for regression float(row['LABEL'])")
 
 
 def check_example(record, where, labelled=True):
     """The fields of `record` that an example has, checked; others are dropped. ValueError beginning with `where`."""
     if not isinstance(record, dict):
-        raise ValueError(f'{where}: {shown(record)} is no object; write {{"text_a": ..., "label": ...}}')
+        raise ValueError(f"{where}: {shown(record)} is no object such as {FORM if labelled else PREDICTION_FORM}")
     names = ["set"] if "set" in record else []
     if "instruction" in record:
         names += ["instruction", "output", "answer"] if labelled else ["instruction"]
+        if record.get("input"):
+            raise ValueError(f'{where}: "input" has no place in the prompt; write it at the end of "instruction"')
     if "choices" in record:
         names += ["prompt"]
     elif "instruction" not in record:
         names += ["text_a"] if record.get("text_b") is None else ["text_a", "text_b"]
-    example = {name: text_field(record, name, where) for name in names}
+    for name in names:
+        if not isinstance(record.get(name), str):
+            wrong = f"should be text, and is {shown(record[name])}" if name in record else "is missing"
+            raise ValueError(f'{where}: "{name}" {wrong}')
+    example = {name: record[name] for name in names}
     if "choices" in record:
         example["choices"] = choices = record["choices"]
         texts = choices if isinstance(choices, list) else []
         if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f'{where}: "choices" should be two texts or more, none empty, and is {shown(choices)}')
     if labelled and ("choices" in example or "text_a" in example):
-        example["label"] = check_label(record, where, len(example.get("choices", ())))
+        example["label"] = check_label(record.get("label"), where, len(example.get("choices", ())))
     return example
 
 
-def check_label(record, where, n_choices):
-    """The record's label: the index of a choice, or where there are none text or a number."""
-    label = record.get("label")
-    if n_choices:
-        if type(label) is not int or not 0 <= label < n_choices:
-            raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
-                             f"{n_choices - 1}")
-    elif not (label.strip() if isinstance(label, str) else type(label) in (int, float) and abs(label) < 1e38):
+def check_label(label, where, n_choices):
+    """The index of a choice; or where there are none a number, or text without needless white space."""
+    if isinstance(label, str) and not n_choices:
+        label = " ".join(label.split())  # "good " and "good" are one class
+    if n_choices and not (type(label) is int and 0 <= label < n_choices):
+        raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
+                         f"{n_choices - 1}")
+    if not n_choices and not (label if isinstance(label, str) else type(label) in (int, float) and abs(label) < 1e38):
         raise ValueError(f'{where}: "label" should be text or a number that fits float32, and is {shown(label)}')
     return label
-
-
-def text_field(record, name, where):
-    text = record.get(name)
-    if not isinstance(text, str):
-        wrong = f"should be text, and is {shown(text)}" if name in record else "is missing"
-        raise ValueError(f'{where}: "{name}" {wrong}')
-    if name in ("output", "answer") and not text.strip():
-        raise ValueError(f'{where}: "{name}" is empty')
-    return text
 
 
 def shown(value):

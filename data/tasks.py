@@ -142,6 +142,7 @@ def own_task(folder):
     for where, example in train + validation:
         if kind_of(example) != first:
             raise ValueError(f"{where}: {kind_of(example)} among {first}; a task is of one kind")
+        instruct.check_answer(example, example.get("set") or folder.resolve().name, where)
     task = Task(folder.resolve().name, "multiple_choice", [], "accuracy",
                 [example for _, example in train], [example for _, example in validation])
     if first != "choices":

@@ -57,6 +57,11 @@ def test_classes_are_the_distinct_labels_in_order(labels, classes, tmp_path):
     assert task.classes[task.validation[0]["label"]] == labels[0]
 
 
+def test_labels_that_differ_by_white_space_alone_are_one_class(tmp_path):
+    task = load_task(write_task(tmp_path, labelled("very good", " very  good", "bad\u00a0", "bad"), labelled("bad ")))
+    assert task.classes == ["bad", "very good"] and [example["label"] for example in task.train] == [1, 1, 0, 0]
+
+
 def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
     task = load_task(write_task(tmp_path, labelled(5, 2.0), labelled(-1)))
     assert (task.kind, task.classes, task.n_outputs, task.metric) == ("regression", [], 1, "pearson")
@@ -64,31 +69,36 @@ def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
 
 
 def test_choices_or_an_instruction_make_a_task_multiple_choice(tmp_path):
-    record = {"instruction": "i", "output": "o", "answer": "a"}
+    record = {"instruction": "i", "output": "it is true, not false", "answer": "true"}
     task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}, record], [CHOICE]))
     assert (task.kind, task.classes, task.n_outputs, task.metric) == ("multiple_choice", [], 1, "accuracy")
     assert task.train[2] == record
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
-    raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n\n'.encode()
+    raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n'.encode()
     task = load_task(write_task(tmp_path, raw, raw))
     assert [example["text_a"] for example in task.train] == ["one\u2028still one\x85", ""]
 
 
 LINE = lines_of([GOOD])
 BAD_LINES = [
-    (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
+    (b"", "train.jsonl is empty"), (LINE + b" \n" + LINE, "train.jsonl, line 2: the line is blank"),
+    (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", "line 2: .* is no object"),
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
     (b'{"text_a": "x"}', '"label" should be .*null'), (b'{"text_a": "x", "label": true}', "a number.*and is true"),
-    (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is " "'),
+    (b'{"text_a": "x", "label": NaN}', "number.*and is NaN"), (b'{"text_a": "x", "label": " "}', 'and is ""'),
     (LINE + b'{"text_a": "x", "label": "1"}', "line 2: labels that are text among labels that are numbers"),
     (LINE * 3, "line 1 and all others have label 1"), (lines_of(labelled("2.5")), "line 1: .* is a number as text"),
     (b'{"prompt": "x", "choices": ["a"], "label": 0}', '"choices" should be two texts or more'),
     (LINE + b'{"prompt": "x", "choices": [" a", ""], "label": 0}', 'line 2: "choices" .*none empty.* ." a", "".$'),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
-    (b'{"instruction": "x", "output": "", "answer": "y"}', '"output" is empty'),
+    (LINE + b"[" * 100_000, "line 2: not JSON that can be read .maximum recursion depth.*; a line is ."),
+    (b'{"instruction": "x", "output": "yes", "answer": "yes"}', '"answer" is .yes., and should be .* true|false|'),
+    (b'{"instruction": "x", "output": "not answer1: answer2", "answer": "answer2"}', 'line 1: "answer" is .answer2.'),
+    (b'{"instruction": "x", "output": "", "answer": ""}', 'line 1: "answer" is'),
+    (b'{"instruction": "x", "input": "a text", "output": "true", "answer": "true"}', '"input" has no place in the pr'),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has one text to train on, .*: none can be held out"),
 ]
 
@@ -106,16 +116,19 @@ def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("table, as_task", [("texts.csv", ""), ("texts.tsv", "texts.tsv")])
-def test_a_table_is_named_as_one_with_a_command_that_turns_it_into_a_task(table, as_task, tmp_path, monkeypatch):
-    rows = [["TEXT", "LABEL"], ["good film", "yes"], ["bad film", "no"]]
-    (tmp_path / table).write_text("".join(("," if "csv" in table else "\t").join(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="is a table") as error:
-        load_task(tmp_path / as_task)
-    command = str(error.value).partition("JSONL: ")[2].partition(", with the names")[0]
+def test_a_table_is_named_as_one_with_a_command_that_turns_it_into_jsonl(table, as_task, tmp_path, monkeypatch):
+    rows = [["\ufeffTEXT", "LABEL"], ["good film", "yes"], ["bad film", "no"]]
+    (tmp_path / table).write_text("".join(("," if "csv" in table else "\t").join(row) + "\n" for row in rows), "utf-8")
     monkeypatch.chdir(tmp_path)
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    for read in (lambda: load_task(tmp_path / as_task), lambda: read_jsonl(tmp_path / table, labelled=False)):
+        with pytest.raises(ValueError, match="is a table") as error:
+            read()
+        command = str(error.value).partition("JSONL: ")[2].partition(", with the names")[0]
+        subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
     (tmp_path / table).unlink()
-    assert load_task(tmp_path, held_out=False).classes == ["no", "yes"]
+    assert load_task(tmp_path).classes == ["no", "yes"]
+    texts = read_jsonl(tmp_path / "texts.jsonl", labelled=False)
+    assert [example for _, example in texts] == [{"text_a": "good film"}, {"text_a": "bad film"}]
 
 
 @pytest.mark.parametrize("name, options, words", [
@@ -135,6 +148,11 @@ def test_examples_to_predict_from_need_no_label(tmp_path):
     assert [example for _, example in read_jsonl(tmp_path / "texts.jsonl", labelled=False)] == [
         {"text_a": "a text"}, {"text_a": "x", "text_b": "y"}, {"prompt": "p", "choices": ["a", "b"]},
         {"instruction": "i"}]
+    for content, words in (("a text", 'line 5: not JSON .*; a line is "a text", in quotes, or {"text_a": "a text"}'),
+                           ("", "line 5: the line is blank"), ("3", 'line 5: 3 is no object such as "a text", in')):
+        (tmp_path / "texts.jsonl").write_text("\n".join([*lines, content, '"x"']))
+        with pytest.raises(ValueError, match=words):
+            read_jsonl(tmp_path / "texts.jsonl", labelled=False)
 
 
 # Held-out data
@@ -208,13 +226,13 @@ def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
 
 
 def test_the_mix_is_scored_on_the_published_split_of_each_set_and_takes_llm_adapters_own_records(cache, tmp_path):
-    rows = [{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5
+    rows = [{"instruction": "i", "input": "", "output": "true", "answer": "true"}] * 5
     (tmp_path / "commonsense_170k.json").write_text(json.dumps(rows))
     task, theirs = load_task(MIX), load_task(MIX, tmp_path)
     counts = Counter(example["set"] for example in task.validation)
     assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
     assert len(task.train) == 24 and theirs.validation == task.validation
-    assert theirs.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5
+    assert theirs.train == [{"instruction": "i", "output": "true", "answer": "true"}] * 5
 
 
 # The real ones, where they are in the cache
