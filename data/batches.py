@@ -121,7 +121,7 @@ def choice_example(example, tokenizer, encode, is_gpt, max_length):
     for choice, end in zip(choices, ends):
         if not choice.strip() or not end:  # nothing to score: it would have probability 1
             raise ValueError(f"the choice {choice!r} has no tokens, after the prompt {prompt[-60:]!r}")
-    n_bytes = tuple(len(choice.strip().encode()) for choice in choices)
+    n_bytes = tuple(len(choice.strip().encode("utf-8", "replace")) for choice in choices)
     return Example(rows, example.get("label"), n_bytes, subset=example.get("set", ""), cut=cut)
 
 
