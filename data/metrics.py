@@ -1,7 +1,7 @@
 """Metrics of arrays of predictions and labels. Where one is not defined (the correlation of a constant) it is 0.
 
 Equal to scikit-learn's and SciPy's metrics of these names. For two classes Matthews' coefficient is a correlation, and
-f1 is of class 1.
+f1 is of class 1. macro_f1 is the mean of every class's f1, so that rare classes count as much as common ones.
 """
 import math
 
@@ -15,6 +15,11 @@ def accuracy(predictions, labels):
 def f1(predictions, labels):
     positives = int(predictions.sum() + labels.sum())
     return 2 * int((predictions * labels).sum()) / positives if positives else 0.0
+
+
+def macro_f1(predictions, labels):
+    classes = np.union1d(predictions, labels)
+    return float(np.mean([f1(predictions == i, labels == i) for i in classes]))
 
 
 def correlation(x, y):
@@ -35,14 +40,17 @@ def spearman(x, y):
     return correlation(ranks(x), ranks(y))
 
 
-METRICS = {"accuracy": accuracy, "matthews": correlation, "f1": f1, "pearson": correlation, "spearman": spearman}
+METRICS = {"accuracy": accuracy, "matthews": correlation, "f1": f1, "macro_f1": macro_f1, "pearson": correlation,
+           "spearman": spearman}
 
 
 def metrics_of(task):
     """Names of the metrics that a task has."""
     if task.kind == "regression":
         return ["pearson", "spearman"]
-    return ["accuracy", "matthews", "f1"] if len(task.classes) == 2 else ["accuracy"]
+    if task.kind == "classification":
+        return ["accuracy", "matthews", "f1"] if len(task.classes) == 2 else ["accuracy", "macro_f1"]
+    return ["accuracy"]
 
 
 def score(metric, predictions, labels):

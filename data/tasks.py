@@ -190,18 +190,23 @@ def text_key(example):
 
 
 def hold_out(task):
-    """The task validated on held-out training data, a tenth or 1,000 examples, always the same; examples with one key
-    stay on one side."""
+    """The task validated on held-out training data, a tenth or 1,000 examples, always the same. Examples with one key
+    stay on one side; at least half of the keys stay to train on."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     groups = {}
     for i in order:
         groups.setdefault(text_key(task.train[i]), []).append(i)
-    if len(groups) < 2:
-        raise ValueError(f"{task.name} has one text to train on, in {len(order)} examples: none can be held out")
-    held = []
-    while len(held) < min(1000, len(order) // 10) or not held:
-        held += groups.pop(next(iter(groups)))
-    kept = [i for group in groups.values() for i in group]
+    wanted = max(1, min(1000, len(order) // 10))
+    held, kept, n_keys = [], [], 0
+    for group in groups.values():
+        if len(held) < wanted and n_keys < len(groups) // 2 and len(held) + len(group) <= 2 * wanted:
+            held += group
+            n_keys += 1
+        else:
+            kept += group
+    if not held:
+        raise ValueError(f"{task.name} has {len(order)} examples with {len(groups)} different texts, too few to hold "
+                         f"some out: give it a validation.jsonl")
     return replace(task, train=[task.train[i] for i in kept], validation=[task.train[i] for i in held])
 
 

@@ -65,7 +65,7 @@ class Tokenizer:
         added += spec.get("added_tokens", [])
         ids.update((token["content"], token["id"]) for token in added)
         special = [token for token in added if token.get("special")] + settings.get("additional_special_tokens", [])
-        special += [settings[name] for name in settings if re.fullmatch("(?!add_).*_token", name)]
+        special += [settings.get(f"{role}_token", "") for role in (*SPECIAL, "unk", "mask")]
         words = sorted(ids.keys() - set(map(content_of, special)))
         ignore_case = re.IGNORECASE if getattr(self.vocabulary, "lower", False) else 0
         self.added_words = re.compile("|".join(map(re.escape, words)), ignore_case) if words else None

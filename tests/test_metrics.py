@@ -23,6 +23,10 @@ def test_classification_is_scikit_learns():
     predictions = np.where(draw.random(50) < 0.6, labels, draw.integers(0, 2, 50))
     assert score("matthews", predictions, labels) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
     assert score("f1", predictions, labels) == pytest.approx(sklearn.f1_score(labels, predictions))
+    labels, predictions = labels + 3 * draw.integers(0, 2, 50), predictions + 3 * draw.integers(0, 2, 50)
+    for n in (50, 5):  # of five not every class occurs
+        expected = sklearn.f1_score(labels[:n], predictions[:n], average="macro")
+        assert score("macro_f1", predictions[:n], labels[:n]) == pytest.approx(expected)
 
 
 def test_correlations_are_scipys():

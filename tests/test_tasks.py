@@ -99,7 +99,7 @@ BAD_LINES = [
     (b'{"instruction": "x", "output": "not answer1: answer2", "answer": "answer2"}', 'line 1: "answer" is .answer2.'),
     (b'{"instruction": "x", "output": "", "answer": ""}', 'line 1: "answer" is'),
     (b'{"instruction": "x", "input": "a text", "output": "true", "answer": "true"}', '"input" has no place in the pr'),
-    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has one text to train on, .*: none can be held out"),
+    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has 1 examples with 1 different texts, too few to hold"),
 ]
 
 
@@ -165,6 +165,14 @@ def test_a_tenth_is_held_out_always_the_same_and_texts_that_differ_in_case_or_sp
     assert held == hold_out(task) and len(held.validation) == 9
     assert sorted(example["label"] for example in held.train + held.validation) == list(range(90))
     assert not texts_of(held.train) & texts_of(held.validation)
+
+
+def test_a_text_that_fills_most_of_the_data_stays_to_train_on_and_so_do_half_of_the_others():
+    train = [{"text_a": "again" if i < 900 else f"text {i}"} for i in range(1000)]
+    held = hold_out(Task("t", "classification", ["a", "b"], "accuracy", train, []))
+    assert (len(held.train), len(held.validation)) == (950, 50) and {"text_a": "again"} not in held.validation
+    with pytest.raises(ValueError, match="t has 900 examples with 2 different texts, .*: give it a validation.jsonl"):
+        hold_out(Task("t", "classification", ["a", "b"], "accuracy", train[:450] + [{"text_a": "b"}] * 450, []))
 
 
 def test_without_validation_data_a_part_is_held_out_and_said_and_tuning_data_are_others(tmp_path):
