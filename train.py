@@ -229,7 +229,7 @@ def batch_loss(model, kind, batch, pad, device):
     """Sum of the losses of a batch: over examples, or for a GPT on multiple choice over the right answers' tokens."""
     if not isinstance(model, Classifier):
         idx, _, is_answer = collate([example.rows[example.label] for example in batch], pad, device)
-        return -model.answer_logprobs(idx, is_answer)[0].sum()
+        return -model.answer_logprobs(idx, is_answer).sum()
     labels = torch.tensor([example.label for example in batch], device=device)
     logits = model(*collate([row for example in batch for row in example.rows], pad, device)).float()
     if kind == "regression":
@@ -249,7 +249,7 @@ def score(model, examples, pad, device):
         if isinstance(model, Classifier):
             found = model(idx, mask, second).float().cpu()  # (rows, classes)
         else:  # the log-probability of the whole answer
-            parts = model.answer_logprobs(idx, second)[0].split(second.sum(1).tolist())
+            parts = model.answer_logprobs(idx, second).split(second.sum(1).tolist())
             found = torch.stack([part.sum() for part in parts])[:, None].cpu()  # (rows, 1)
         for i, of_row in zip(chosen, found):
             scores[i] = of_row

@@ -26,17 +26,12 @@ def read_lines(path):
             yield where, text
 
 
-def parse(text, where, advice=""):
-    """What the JSON `text` holds; ValueError beginning with `where`."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # brackets in brackets in brackets ...
-        raise ValueError(f"{where}: not JSON that can be read ({error}){advice}") from None
-
-
 def read_json(path):
     """What a JSON file holds."""
-    return parse(path.read_bytes(), path)
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # the last is of [[[[[[ ...
+        raise ValueError(f"{path} is not there, or is not JSON that can be read ({error})") from None
 
 
 def read_jsonl(path, labelled=True):
@@ -48,7 +43,10 @@ def read_jsonl(path, labelled=True):
     for where, line in read_lines(path):
         if not line.strip():
             raise ValueError(f"{where}: the line is blank; remove it")
-        record = parse(line, where, f"; a line is {form}")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON that can be read ({error}); a line is {form}") from None
         if isinstance(record, str) and not labelled:
             record = {"text_a": record}
         examples.append((where, check_example(record, where, labelled)))

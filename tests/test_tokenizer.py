@@ -210,7 +210,7 @@ LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
     ({"tokenizer_model": "x", "tokenizer_config_json": {"add_prefix_space": False}}, "add_prefix_space = false"),
     # what cannot be read at all
     ({}, "has no vocabulary that can be read"),
-    ({"tokenizer_json": "{"}, "tokenizer.json: not JSON"),
+    ({"tokenizer_json": "{"}, "tokenizer.json is not there, or is not JSON that"),
     ({"vocab_json": {"a": 0}, "merges_txt": "a b\n"}, "vocab.json is not byte-level BPE: a merge makes 'ab'"),
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
