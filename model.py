@@ -127,16 +127,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_
 class MLP(nn.Module):
     def __init__(self, cfg, gated, bias):
         super().__init__()
-        self.activation = cfg.activation
+        self.activate = ACTIVATIONS[cfg.activation]
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=bias) if gated else None
         self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=bias)
         self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=bias)
 
     def forward(self, x):
-        activate = ACTIVATIONS[self.activation]
         if self.gate_proj is None:
-            return self.down_proj(activate(self.up_proj(x)))
-        return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activate(self.up_proj(x)))
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
 
 
 def run_layers(model, x, *args):
@@ -223,7 +222,7 @@ class GPT(nn.Module):
         if mask is not None or S > T:
             #   keys:     pad pad The cat
             #   query pad  x   .   .   .    A query sees the real tokens up to itself, and itself,
-            #         pad  .   x   .   .    so that padding too sees something: else NaN.
+            #         pad  .   x   .   .    since a softmax over nothing is NaN.
             #         The  .   .   x   .    Their positions are 0 0 0 1.
             #         cat  .   .   x   x    With a cache only the last T lines are made.
             query, key = positions[-T:, None], positions
@@ -326,7 +325,7 @@ class EncoderBlock(nn.Module):
         if conv:
             self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, cfg.conv_kernel, padding=(cfg.conv_kernel - 1) // 2)
             self.conv_norm = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
-            self.conv_activation = cfg.conv_activation
+            self.conv_activate = ACTIVATIONS[cfg.conv_activation]
 
     def forward(self, x, allowed, relative=None, real=None):
         y = self.norm1(x + self.attention(x, allowed, relative))
@@ -335,7 +334,7 @@ class EncoderBlock(nn.Module):
             return y
         # real (B, T, 1) is 0 at padding, which the convolution would otherwise carry into its neighbours
         beside = self.conv((x * real).mT).mT * real  # (B, T, n_embd)
-        return self.conv_norm(y + ACTIVATIONS[self.conv_activation](beside)) * real
+        return self.conv_norm(y + self.conv_activate(beside)) * real
 
 
 class Encoder(nn.Module):
@@ -576,20 +575,19 @@ UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
 
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu"):
-    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. .family is its model_type.
+    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode.
 
     Completely or not at all: ValueError names what is missing, unexpected or misshapen, and the file. Heads are not
     read; one line on stderr says so where the folder is a fine-tuned model's.
     """
     folder = Path(folder)
-    (model_class, _, names), config, kind = read_config(folder / "config.json")
+    (model_class, _, names), config, _ = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
         model = model_class(config).to(dtype)
     model.to_empty(device=device)
     if isinstance(model, GPT) and config.tied:
         model.lm_head.weight = model.embed.weight  # shared once more: to_empty gave each layer memory of its own
     copy_weights(model, names, folder)
-    model.family = kind
     return model.eval()
 
 

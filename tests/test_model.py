@@ -8,9 +8,10 @@ import torch.nn as nn
 
 from model import GPT, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
 
-SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=128)
-LLAMA = dict(SIZE, num_key_value_heads=2, max_position_embeddings=128)
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+            layer_norm_eps=0.1)  # as all settings here, no default: what config.json says is read
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=128, layer_norm_epsilon=0.1)
+LLAMA = dict(SIZE, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=0.1)
 DEBERTA = dict(SIZE, max_position_embeddings=512, relative_attention=True, pos_att_type="p2c|c2p", type_vocab_size=0,
                position_biased_input=False)
 BUCKETS = dict(DEBERTA, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True)
@@ -25,7 +26,8 @@ GPTS = {
     "llama":         ("Llama", "ForCausalLM", LLAMA),
     "llama, linear": ("Llama", "ForCausalLM", dict(LLAMA, rope_parameters=LINEAR)),
     "llama, llama3": ("Llama", "ForCausalLM", dict(LLAMA, rope_parameters=LLAMA3)),
-    "llama, tied":   ("Llama", "ForCausalLM", dict(LLAMA, tie_word_embeddings=True, attention_bias=True, head_dim=16)),
+    "llama, tied":   ("Llama", "ForCausalLM", dict(LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+                                                  head_dim=16)),
 }
 ENCODERS = {
     "bert":       ("Bert", "Model", dict(SIZE, max_position_embeddings=64)),
@@ -209,8 +211,8 @@ def test_compiled_one_graph_serves_every_length(kind):
 
 def test_too_long_a_text_and_generation_after_padding_are_one_clear_error_each():
     roberta = Encoder(EncoderConfig(99, 1, 4, 32, 48, n_positions=66, position_offset=2))
-    roberta(torch.ones(1, 64, dtype=torch.long))
     for model in (roberta, tiny("gpt2")):
+        model(torch.ones(1, 64, dtype=torch.long))
         with pytest.raises(ValueError, match="65 tokens: this model has 64 positions"):
             model(torch.ones(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="pad on the left"):

@@ -236,6 +236,7 @@ def test_a_padding_token_without_a_row_becomes_0(tmp_path):
 
 @pytest.mark.parametrize("files, n_rows, is_encoder, words", [
     ({"vocab_txt": VOCAB_TXT}, 15, True, "ids up to 15, and the model's embedding 15 rows"),
+    ({"tokenizer_json": byte_spec(added_tokens=[{"id": 300, "content": "<s>"}])}, 300, False, "ids up to 300"),
     ({"tokenizer_json": byte_spec()}, 300, True, r"not have \[CLS\] and \[SEP\]"),
     ({"vocab_txt": VOCAB_TXT}, 16, False, "not have a beginning or end of text"),
 ])
