@@ -275,11 +275,11 @@ def evaluate(model, task, examples, tokenizer, device):
     with merged(model):
         if examples[0].prompt:
             answers = write_answers(model, task, examples, tokenizer, device)
-            predictions = {"main": [int(answer == example.answer) for answer, example in zip(answers, examples)],
+            predictions = {"predicted": [int(answer == example.answer) for answer, example in zip(answers, examples)],
                            "failed": [int(answer is None) for answer in answers]}
         else:
             scores = score(model, examples, tokenizer.pad, device)
-            predictions = {"main": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
+            predictions = {"predicted": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
             if not isinstance(model, Classifier):  # by bytes too: a long answer is improbable, however right
                 per_byte = [s / torch.tensor(example.n_bytes) for s, example in zip(scores, examples)]
                 predictions["per_byte"] = [s.argmax().item() for s in per_byte]

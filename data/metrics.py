@@ -66,7 +66,7 @@ def summarise(task, examples, predictions):
         part = {kind: [values[i] for i in chosen] for kind, values in predictions.items()}
         labels = [1 if "failed" in part else examples[i].label for i in chosen]
         names = sorted(metrics_of(task), key=lambda metric: metric != task.metric)  # the main one first
-        values = {metric: score(metric, part["main"], labels) for metric in names}
+        values = {metric: score(metric, part["predicted"], labels) for metric in names}
         if "per_byte" in part:
             values["accuracy_norm"] = score("accuracy", part["per_byte"], labels)
         if "failed" in part:
