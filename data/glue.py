@@ -128,10 +128,11 @@ def read_table(path, columns, skip_incomplete=False):
         places = [header.index(name) for name in columns]
     for where, fields in rows:
         complete = len(fields) > max(places)
-        # QQP has broken rows. The Hub's reader also ends a line at a lone \r and drops both halves; so the official
-        # number of rows is without those.
-        if skip_incomplete and not (complete and fields[places[0]] and "\r" not in "".join(fields)):
-            continue
+        if skip_incomplete:
+            # QQP has rows without a label or a text, and some with a lone \r, at which the Hub's reader cuts a row in
+            # two. The official number of rows is without all of these.
+            if not complete or not fields[places[0]] or "\r" in "".join(fields):
+                continue
         if not complete:
             raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")
         yield where, *(fields[place] for place in places)

@@ -8,8 +8,6 @@ letter, since they change the tokens and so the numbers.
 import re
 from typing import Callable, NamedTuple
 
-from data.jsonl import check_example, read_json
-
 
 def choose(what, question, word, choices, separator=" "):
     """(instruction, names of the choices): it asks for one of `choices`, each named by the word with its number."""
@@ -34,9 +32,8 @@ def social_iqa(doc):
 
 def hellaswag(doc):
     """The wheel's text is cleaned. Tags such as [step] are lost; its capital for a begun sentence is undone."""
-    # Only . ! ? end a sentence here: the begun one may hold 'named " ann "', with spaces.
-    begun = re.fullmatch(r"(?s)(.*[.!?] )(\w)([^.!?]*)", doc["query"])
-    question = begun[1] + begun[2].lower() + begun[3] if begun else doc["query"]
+    # The last sentence, if no . ! ? ends it: its first letter. "A man. He lifts" becomes "A man. he lifts".
+    question = re.sub(r"(?<=[.!?] )\w(?=[^.!?]*$)", lambda letter: letter[0].lower(), doc["query"])
     choices = [choice.strip() for choice in doc["choices"]]
     return choose("ending to complete the given sentence", question, "ending", choices)
 
@@ -95,26 +92,12 @@ def prompt(instruction):
 
 def extract(name, generated):
     """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
-    found = re.search(pattern_of(name), generated)
+    found = re.search(COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER, generated)
     return found and found[0]
-
-
-def pattern_of(name):
-    return COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER
 
 
 def check_answer(example, name, where):
     """ValueError if the example's output does not give its answer: no response could be right."""
     if "output" in example and extract(name, example["output"]) != example["answer"]:
         raise ValueError(f'{where}: "answer" is {example["answer"][:40]!r}, and should be the first of these words in '
-                         f'"output": {pattern_of(name)}; "output" is {example["output"][:80]!r}')
-
-
-def read_records(path):
-    """Examples from a file of theirs, a JSON list; ValueError naming the entry that is wrong."""
-    examples = []
-    for number, row in enumerate(read_json(path), 1):
-        where = f"{path}, entry {number}"
-        examples.append(check_example(row, where))
-        check_answer(examples[-1], "", where)
-    return examples
+                         f'"output": {ANY_ANSWER}; "output" is {example["output"][:80]!r}')

@@ -48,9 +48,8 @@ def metrics_of(task):
     """Names of the metrics that a task has."""
     if task.kind == "regression":
         return ["pearson", "spearman"]
-    if task.kind == "classification":
-        return ["accuracy", "matthews", "f1"] if len(task.classes) == 2 else ["accuracy", "macro_f1"]
-    return ["accuracy"]
+    n = len(task.classes)  # none on multiple choice
+    return ["accuracy", *(["matthews", "f1"] if n == 2 else ["macro_f1"] if n else [])]
 
 
 def score(metric, predictions, labels):

@@ -16,7 +16,7 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.instruct import COMMONSENSE
-from data.jsonl import read_jsonl, refuse_table
+from data.jsonl import check_example, read_json, read_jsonl, refuse_table
 from data.metrics import metrics_of
 
 
@@ -97,21 +97,17 @@ def commonsense(name, split):
             request = json.loads(line)
             number, doc = request["doc_id"], request["doc"]
             if number < 1_000_000 and number not in examples:
-                cloze = fill_blank(doc) if name == "winogrande" else continue_question(doc)
-                examples[number] = cloze | instruct.record(name, doc)
+                examples[number] = cloze(name, doc) | instruct.record(name, doc)
     return list(examples.values())
 
 
-def continue_question(doc):
-    choices = [" " + choice.strip() for choice in doc["choices"]]
-    return {"prompt": doc["query"].rstrip(), "choices": choices, "label": doc["gold"]}
-
-
-def fill_blank(doc):
-    """WinoGrande's sentence up to the blank, then each option with the rest."""
-    before, after = doc["sentence"].split("_")
-    choices = [f" {doc[option].strip()}{after.rstrip()}" for option in ("option1", "option2")]
-    return {"prompt": before.rstrip(), "choices": choices, "label": int(doc["answer"]) - 1}
+def cloze(name, doc):
+    """A question, then each answer. For WinoGrande the sentence up to the blank, then each option with the rest."""
+    prompt, ends, label = doc.get("query"), doc.get("choices"), doc.get("gold")
+    if name == "winogrande":
+        prompt, rest = doc["sentence"].split("_")
+        ends, label = [doc[option].strip() + rest for option in ("option1", "option2")], int(doc["answer"]) - 1
+    return {"prompt": prompt.rstrip(), "choices": [" " + end.strip() for end in ends], "label": label}
 
 
 def commonsense_mix(data_dir):
@@ -123,7 +119,11 @@ def commonsense_mix(data_dir):
     path = next(data_dir.rglob("commonsense_170k.json"), None)
     if path is None:
         raise ValueError(f"{data_dir} has no commonsense_170k.json")
-    return instruct.read_records(path), validation, f"Trained on {path}."
+    train = []
+    for number, record in enumerate(read_json(path), 1):
+        train.append(check_example(record, f"{path}, entry {number}"))
+        instruct.check_answer(train[-1], MIX, f"{path}, entry {number}")
+    return train, validation, f"Trained on {path}."
 
 
 # ---- A task of one's own ---------------------------------------------------------------------------------------------
@@ -191,19 +191,16 @@ def text_key(example):
 
 def hold_out(task):
     """The task validated on held-out training data, a tenth or 1,000 examples, always the same. Examples with one key
-    stay on one side; at least half of the keys stay to train on."""
+    stay on one side. Half of the keys stay to train on, and so does a group too large for the tenth."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     groups = {}
     for i in order:
         groups.setdefault(text_key(task.train[i]), []).append(i)
     wanted = max(1, min(1000, len(order) // 10))
-    held, kept, n_keys = [], [], 0
-    for group in groups.values():
-        if len(held) < wanted and n_keys < len(groups) // 2 and len(held) + len(group) <= 2 * wanted:
-            held += group
-            n_keys += 1
-        else:
-            kept += group
+    held, kept = [], []
+    for k, group in enumerate(groups.values()):
+        fits = len(held) < wanted and len(held) + len(group) <= 2 * wanted and k < len(groups) // 2
+        (held if fits else kept).extend(group)
     if not held:
         raise ValueError(f"{task.name} has {len(order)} examples with {len(groups)} different texts, too few to hold "
                          f"some out: give it a validation.jsonl")

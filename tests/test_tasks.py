@@ -170,7 +170,7 @@ def test_a_tenth_is_held_out_always_the_same_and_texts_that_differ_in_case_or_sp
 def test_a_text_that_fills_most_of_the_data_stays_to_train_on_and_so_do_half_of_the_others():
     train = [{"text_a": "again" if i < 900 else f"text {i}"} for i in range(1000)]
     held = hold_out(Task("t", "classification", ["a", "b"], "accuracy", train, []))
-    assert (len(held.train), len(held.validation)) == (950, 50) and {"text_a": "again"} not in held.validation
+    assert (len(held.train), len(held.validation)) == (951, 49) and {"text_a": "again"} not in held.validation
     with pytest.raises(ValueError, match="t has 900 examples with 2 different texts, .*: give it a validation.jsonl"):
         hold_out(Task("t", "classification", ["a", "b"], "accuracy", train[:450] + [{"text_a": "b"}] * 450, []))
 
@@ -241,6 +241,13 @@ def test_the_mix_is_scored_on_the_published_split_of_each_set_and_takes_llm_adap
     assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
     assert len(task.train) == 24 and theirs.validation == task.validation
     assert theirs.train == [{"instruction": "i", "output": "true", "answer": "true"}] * 5
+    for content, words in (("[{", r"170k\.json .*not JSON"),
+                           (json.dumps([rows[0], {**rows[0], "input": "x"}]), 'entry 2: "input" has no place'),
+                           (json.dumps([{**rows[0], "output": 1}]), 'entry 1: "output" should be text, and is 1'),
+                           (json.dumps([{**rows[0], "answer": "é"}]), 'entry 1: "answer" is .é., and should be')):
+        (tmp_path / "commonsense_170k.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_task(MIX, tmp_path)
 
 
 # The real ones, where they are in the cache
