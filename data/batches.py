@@ -99,9 +99,8 @@ def text_example(example, tokenizer, encode, is_gpt, max_length):
     elif is_gpt:
         rows, cut = gpt_rows(tokenizer, *encode_continued(tokenizer.encode, a, ["\n" + b]), max_length, keep_end=False)
     elif b is None:
-        ids, room = encode(a), max_length - 2
-        row = [tokenizer.cls, *ids[:room], tokenizer.sep]
-        rows, cut = [Row(row, len(row))], len(ids) > room
+        ids, _, cut = shorten(encode(a), [[]], max_length - 2)
+        rows = [Row([tokenizer.cls, *ids, tokenizer.sep], len(ids) + 2)]
     else:
         rows, cut = encoder_rows(tokenizer, encode(a), [encode(b)], max_length)
     return Example(rows, example.get("label"), subset=example.get("set", ""), cut=cut)

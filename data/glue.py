@@ -91,7 +91,7 @@ def read_glue(name, data_dir):
     for part in task.parts:
         path = Path(data_dir) / task.folder / part
         examples = []
-        for where, label, *texts in read_table(path, task.columns, skip_incomplete=name == "qqp"):
+        for where, label, *texts in read_table(path, task.columns, skip_broken=name == "qqp"):
             label = label_number(label, task.classes, where)
             examples.append({**dict(zip(("text_a", "text_b"), map(str.strip, texts))), "label": label})
         splits.append(examples)
@@ -114,7 +114,7 @@ def label_number(label, classes, where):
     raise ValueError(f"{where}: unknown label {label[:40]!r}: it is {', '.join(numbers) or 'a number from 0 to 5'}")
 
 
-def read_table(path, columns, skip_incomplete=False):
+def read_table(path, columns, skip_broken=False):
     """Yield ("FILE, line N", value of each column ...) for every row of a file with tabs. Quotes mean nothing."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: --data_dir is a folder in GLUE's official layout")
@@ -128,11 +128,10 @@ def read_table(path, columns, skip_incomplete=False):
         places = [header.index(name) for name in columns]
     for where, fields in rows:
         complete = len(fields) > max(places)
-        if skip_incomplete:
-            # QQP has rows without a label or a text, and some with a lone \r, at which the Hub's reader cuts a row in
-            # two. The official number of rows is without all of these.
-            if not complete or not fields[places[0]] or "\r" in "".join(fields):
-                continue
+        # QQP's official number is without rows that lack a field or a label, or have a \r, where the Hub's reader cuts.
+        broken = not complete or not fields[places[0]] or "\r" in "".join(fields)
+        if skip_broken and broken:
+            continue
         if not complete:
             raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")
         yield where, *(fields[place] for place in places)

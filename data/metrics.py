@@ -30,14 +30,13 @@ def correlation(x, y):
     return float(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
-def ranks(values):
-    """Ranks from 1; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
-
-
 def spearman(x, y):
-    return correlation(ranks(x), ranks(y))
+    """The correlation of ranks, which equal values share."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - counts / 2)[inverse])  # the middle of a value's ranks, but for a constant
+    return correlation(*ranks)
 
 
 METRICS = {"accuracy": accuracy, "matthews": correlation, "f1": f1, "macro_f1": macro_f1, "pearson": correlation,

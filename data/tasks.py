@@ -179,9 +179,6 @@ def number_labels(task, train, validation):
         example["label"] = index[example["label"]]
 
 
-# ---- Parts of a task -------------------------------------------------------------------------------------------------
-
-
 def text_key(example):
     """Examples whose texts differ only in case or spaces have one key."""
     texts = [example.get(name, "") for name in ("text_a", "text_b", "prompt", "instruction")]

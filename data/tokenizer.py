@@ -56,8 +56,9 @@ class Tokenizer:
         spec = json_if_there(folder / "tokenizer.json")
         settings = {}
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
-            content = json_if_there(folder / file)
-            settings.update((name, value) for name, value in content.items() if value is not None)
+            for name, value in json_if_there(folder / file).items():
+                if value is not None:  # a token is a text, or a dict with it
+                    settings[name] = value.get("content", value) if isinstance(value, dict) else value
         require(CONFIG, settings, folder / "tokenizer_config.json")
         self.vocabulary = read_vocabulary(folder, spec, settings)
         ids = json_if_there(folder / "added_tokens.json")  # which does not say what is special
@@ -66,12 +67,12 @@ class Tokenizer:
         ids.update((token["content"], token["id"]) for token in added)
         special = [token for token in added if token.get("special")] + settings.get("additional_special_tokens", [])
         special += [settings.get(f"{role}_token", "") for role in (*SPECIAL, "unk", "mask")]
-        words = sorted(ids.keys() - set(map(content_of, special)))
+        words = sorted(ids.keys() - {token["content"] if isinstance(token, dict) else token for token in special})
         ignore_case = re.IGNORECASE if getattr(self.vocabulary, "lower", False) else 0
         self.added_words = re.compile("|".join(map(re.escape, words)), ignore_case) if words else None
         ids.update(self.vocabulary.ids)
         for name, usual in SPECIAL.items():
-            names = [content_of(settings[f"{name}_token"])] if f"{name}_token" in settings else usual
+            names = [settings[f"{name}_token"]] if f"{name}_token" in settings else usual
             setattr(self, name, next((ids[token] for token in names if token in ids), None))
         self.double_sep = self.cls is not None and self.cls == ids.get("<s>")
         self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
@@ -123,22 +124,14 @@ def read_vocabulary(folder, spec, settings):
         if path.is_file():
             require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
             return SentencePiece(path)
-    if model:
-        file = "spm.model" if kind == "Unigram" else "tokenizer.model"
-        raise ValueError(f"{where} holds a {kind} vocabulary, which is not read from there: put the published model's "
-                         f"{file} beside it, from the Hub")
+    beside = f"; beside a tokenizer.json of type {kind} put the model's tokenizer.model or spm.model, from the Hub"
     raise ValueError(f"{folder} has no vocabulary that can be read: vocab.txt, tokenizer.json, vocab.json with "
-                     f"merges.txt, tokenizer.model or spm.model")
+                     f"merges.txt, tokenizer.model or spm.model{beside if model else ''}")
 
 
 def json_if_there(path):
     """The dict in a JSON file, {} where there is no such file."""
     return read_json(path) if path.is_file() else {}
-
-
-def content_of(token):
-    """A special token's text; settings give it alone, or as a dict."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def require(allowed, settings, where):
