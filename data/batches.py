@@ -72,9 +72,9 @@ def encoder_rows(tokenizer, a, ends, max_length, keep_end=False):
 
 
 def gpt_rows(tokenizer, a, ends, max_length, keep_end=True):
-    """A Row for each end, a and the end, and whether anything was cut. Some token predicts an end's first one."""
+    """A Row for each end, a and the end, and whether anything was cut."""
     begin = [tokenizer.bos] if tokenizer.add_bos else []
-    if not begin and not a:
+    if not begin and not a:  # some token has to predict an end's first one
         begin = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
     a, ends, cut = shorten(a, ends, max_length - len(begin), keep_end)
     return [Row(begin + a + end, len(begin + a)) for end in ends], cut

@@ -1,9 +1,8 @@
 """The commonsense sets as instructions, after LLM-Adapters (Hu et al., arXiv 2304.01933); the paper's LLaMA numbers
 are of these.
 
-A question with its choices is an instruction. A template goes around it, the model writes a response, and the first
-thing in it that looks like an answer counts. Wording and white space of records and templates are theirs, to the
-letter, since they change the tokens and so the numbers.
+A question with its choices is an instruction, a template goes around it, and of the response the first thing that looks
+like an answer counts. Wording and white space are theirs to the letter, since they change the tokens and the numbers.
 """
 import re
 from typing import Callable, NamedTuple

@@ -31,11 +31,11 @@ def correlation(x, y):
 
 
 def spearman(x, y):
-    """The correlation of ranks, which equal values share."""
+    """The correlation of ranks; equal values share their mean rank."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - counts / 2)[inverse])  # the middle of a value's ranks, but for a constant
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
     return correlation(*ranks)
 
 

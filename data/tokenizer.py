@@ -163,7 +163,7 @@ def steps_of(part):
     return next((part[steps] for steps in ("normalizers", "pretokenizers", "processors") if steps in part), [part])
 
 
-# ---- BPE -------------------------------------------------------------------------------------------------------------
+# ---- The kinds of vocabulary -----------------------------------------------------------------------------------------
 
 # A word is a contraction's end, or letters, digits or other signs with one space before them. White space is a word of
 # its own, but \s+(?!\S) leaves its last character to the word behind it.
@@ -244,9 +244,6 @@ class SentencePiece:
 
     def decode(self, ids):
         return self.model.decode([i for i in ids if i < len(self.ids)])
-
-
-# ---- WordPiece -------------------------------------------------------------------------------------------------------
 
 
 def wordpiece_settings(spec, settings, where):
