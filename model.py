@@ -404,9 +404,8 @@ class Encoder(nn.Module):
 class Classifier(nn.Module):
     """A head over the mean of an Encoder's real tokens, or over a GPT's last one. n_classes = 1 is regression.
 
-    The mean for RoBERTa too, whose own classifier reads the first token: all-MiniLM was trained with the mean, and
-    RoBERTa and DeBERTa come without trained weights for reading the first token.
-    """
+    The mean, and not the first token as BERT and RoBERTa have it: all-MiniLM was trained with the mean, and RoBERTa and
+    DeBERTa come without trained weights for reading the first token."""
 
     def __init__(self, backbone, n_classes):
         super().__init__()
@@ -568,18 +567,16 @@ FAMILIES = {
     "deberta-v2": (Encoder, deberta_config, DEBERTA_NAMES),
 }
 PREFIXES = ("transformer.", "model.", "bert.", "roberta.", "deberta.")  # some files put one before every name
-PRETRAINING_HEADS = ("pooler.", "cls.", "lm_head.", "lm_predictions.", "mask_predictions.")
-TASK_HEADS = ("classifier.", "qa_outputs.", "score.")
+HEADS = ("pooler.", "cls.", "classifier.", "qa_outputs.", "score.", "lm_head.", "lm_predictions.", "mask_predictions.")
+FINE_TUNED = {"classifier", "qa_outputs", "score"}  # of them
 UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
           "position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu"):
-    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode.
-
-    Completely or not at all: ValueError names what is missing, unexpected or misshapen, and the file. Heads are not
-    read; one line on stderr says so where the folder is a fine-tuned model's.
-    """
+    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. Completely or not at all: ValueError
+    names what is missing, unexpected or misshapen, and the file. A head that was fine-tuned is not read, which one line
+    on stderr says."""
     folder = Path(folder)
     (model_class, _, names), config, _ = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
@@ -631,7 +628,7 @@ def copy_weights(model, names, folder):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # by identity: a tied weight is one parameter with two names, and may come under either, or under both
     missing = {id(p): name for name, p in model.named_parameters()}
-    files, task_heads = set(), set()
+    files, heads = set(), set()
     for name, tensor, path in read_weights(folder):
         files.add(path.name)
         for prefix in PREFIXES:
@@ -639,10 +636,8 @@ def copy_weights(model, names, folder):
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # oldest
         targets = places.get(name, [])
         if not targets or any(target not in parameters for target in targets):
-            if name.startswith(TASK_HEADS):
-                task_heads.add(name.partition(".")[0])
-                continue
-            if name.startswith(PRETRAINING_HEADS) or name.endswith(UNREAD):
+            if name.startswith(HEADS) or name.endswith(UNREAD):
+                heads.add(name.partition(".")[0])
                 continue
             raise ValueError(f"{path} holds tensor {name!r}, for which this model has no place")
         pieces = unfused(name, tensor, model.config.n_head).tensor_split(len(targets))
@@ -658,9 +653,8 @@ def copy_weights(model, names, folder):
     if missing:
         first = ", ".join(list(missing.values())[:3])
         raise ValueError(f"{folder}: no tensor for {first} in {', '.join(sorted(files))} ({len(missing)} missing)")
-    if task_heads:
-        heads = ", ".join(sorted(task_heads))
-        print(f"{folder}: the fine-tuned head there ({heads}) is not used, only the layers below it", file=sys.stderr)
+    for head in heads & FINE_TUNED:
+        print(f"{folder}: the fine-tuned head there ({head}) is not used, only the layers below it", file=sys.stderr)
 
 
 def read_weights(folder):
