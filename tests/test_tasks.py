@@ -354,7 +354,7 @@ def test_only_what_does_not_fit_is_cut_and_all_choices_follow_the_same_end_of_th
     long, short = {"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, {"prompt": "ab", "choices": ["kkkkkkkk", "l"]}
     (first, begin), (second, _) = encode_one(long, is_gpt, 16).rows
     assert first[:begin] == second[:begin] and 19 in first[:begin] and 10 not in first and len(second) == 16
-    assert len(second) - begin == 8 if is_gpt else 7, "half of the room"
+    assert len(second) - begin == (8 if is_gpt else 7), "half of the room, and [SEP]"
     whole = encode_one(short, is_gpt, 10 if is_gpt else 13)  # of just max_length, and most of it is a choice
     assert not whole.cut and [ids[start:start + 8].count(20) for ids, start in whole.rows] == [8, 0]
 
