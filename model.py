@@ -575,8 +575,8 @@ UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu"):
     """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. Completely or not at all: ValueError
-    names what is missing, unexpected or misshapen, and the file. A head that was fine-tuned is not read, which one line
-    on stderr says."""
+    names what is missing, unexpected or misshapen, and the file. A fine-tuned head there is not read, and one line on
+    stderr says so."""
     folder = Path(folder)
     (model_class, _, names), config, _ = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
@@ -625,8 +625,9 @@ def copy_weights(model, names, folder):
         for kind in (".weight", ".bias", ""):  # "": DeBERTa v1's q_bias and v_bias are tensors by themselves
             for i in range(len(model.layers)):
                 places[(theirs + kind).format(i=i)] = [(name + kind).format(i=i) for name in ours.split()]
+    # A tied weight is one parameter with two names, and may come under either, or under both. So a parameter is found
+    # by each of its names, and what is missing is kept by identity.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # by identity: a tied weight is one parameter with two names, and may come under either, or under both
     missing = {id(p): name for name, p in model.named_parameters()}
     files, heads = set(), set()
     for name, tensor, path in read_weights(folder):

@@ -17,7 +17,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-
 class Wheel(NamedTuple):
     requirement: str
     megabytes: int

@@ -31,7 +31,7 @@ def social_iqa(doc):
 
 def hellaswag(doc):
     """The wheel's text is cleaned. Tags such as [step] are lost; its capital for a begun sentence is undone."""
-    # The last sentence, if no . ! ? ends it: its first letter. "A man. He lifts" becomes "A man. he lifts".
+    # The first letter of a last sentence that no . ! ? ends: "A man. He lifts" becomes "A man. he lifts".
     question = re.sub(r"(?<=[.!?] )\w(?=[^.!?]*$)", lambda letter: letter[0].lower(), doc["query"])
     choices = [choice.strip() for choice in doc["choices"]]
     return choose("ending to complete the given sentence", question, "ending", choices)

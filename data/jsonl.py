@@ -4,9 +4,8 @@
     regression         the same, with labels that have a decimal point
     multiple choice    {"prompt": str, "choices": [str, ...], "label": index of the right choice}
 The full text of a choice is prompt + choice, so a choice begins with its own space. For the instruct protocol an
-example also has "instruction", "output" (the response to learn) and "answer" (what is looked for in the output and in
-generated text); it may have these three alone. "set" names a part of the validation data; parts are scored one by one
-and averaged. Other fields are not read.
+example also has "instruction", "output" (the response to learn) and "answer" (to be found in it); it may have these
+alone. "set" names a part of the validation data, parts are scored one by one and averaged. Other fields are not read.
 """
 import json
 
