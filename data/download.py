@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+
 class Wheel(NamedTuple):
     requirement: str
     megabytes: int

@@ -129,8 +129,7 @@ def read_table(path, columns, skip_broken=False):
     for where, fields in rows:
         complete = len(fields) > max(places)
         # QQP's official number is without rows that lack a field or a label, or have a \r, where the Hub's reader cuts.
-        broken = not complete or not fields[places[0]] or "\r" in "".join(fields)
-        if skip_broken and broken:
+        if skip_broken and (not complete or not fields[places[0]] or "\r" in "".join(fields)):
             continue
         if not complete:
             raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")
