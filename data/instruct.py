@@ -66,7 +66,8 @@ COMMONSENSE = {
     "arc_challenge": Commonsense("arc_challenge", "test", science, "answer[1-5]"),
     "openbookqa":    Commonsense("openbookqa", "test", science, "answer[1-5]"),
 }
-ANY_ANSWER = "|".join(dict.fromkeys(row.pattern for row in COMMONSENSE.values()))
+PATTERNS = {name: row.pattern for name, row in COMMONSENSE.items()}
+ANY_ANSWER = "|".join(dict.fromkeys(PATTERNS.values()))
 
 
 def record(name, doc):
@@ -91,7 +92,7 @@ def prompt(instruction):
 
 def extract(name, generated):
     """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
-    found = re.search(COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER, generated)
+    found = re.search(PATTERNS.get(name, ANY_ANSWER), generated)
     return found and found[0]
 
 
@@ -99,4 +100,4 @@ def check_answer(example, name, where):
     """ValueError if the example's output does not give its answer: no response could be right."""
     if "output" in example and extract(name, example["output"]) != example["answer"]:
         raise ValueError(f'{where}: "answer" is {example["answer"][:40]!r}, and should be the first of these words in '
-                         f'"output": {ANY_ANSWER}; "output" is {example["output"][:80]!r}')
+                         f'"output": {PATTERNS.get(name, ANY_ANSWER)}; "output" is {example["output"][:80]!r}')

@@ -9,9 +9,9 @@ A folder is read from the first of these that it holds:
     tokenizer.model or spm.model   LLaMA-1 and -2, DeBERTa-v2 and -v3 by sentencepiece
 
 Ids are those of the field's `tokenizers`, except for characters that are younger than one of the two Unicode tables
-and for rare tokens that the merges alone do not reach. On purpose, text that spells a special token ("[SEP]") stays text:
-control tokens come from the program alone. A text with another added token ("<e1>") is refused, and so is a setting
-that changes the ids and is not known here.
+and for rare tokens that the merges alone do not reach. Text that spells a special token ("[SEP]") stays text, on
+purpose: control tokens come from the program alone. A text with another added token ("<e1>") is refused, and so is a
+setting that changes the ids and is not known here.
 """
 import json
 import re

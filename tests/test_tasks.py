@@ -98,6 +98,7 @@ BAD_LINES = [
     (b'{"instruction": "x", "output": "yes", "answer": "yes"}', '"answer" is .yes., and should be .* true|false|'),
     (b'{"instruction": "x", "output": "not answer1: answer2", "answer": "answer2"}', 'line 1: "answer" is .answer2.'),
     (b'{"instruction": "x", "output": "", "answer": ""}', 'line 1: "answer" is'),
+    (b'{"instruction": "x", "output": "answer1", "answer": "answer1", "set": "boolq"}', r'"output": true\|false; '),
     (b'{"instruction": "x", "input": "a text", "output": "true", "answer": "true"}', '"input" has no place in the pr'),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has 1 examples with 1 different texts, too few to hold"),
 ]
@@ -295,6 +296,7 @@ def test_an_encoder_reads_a_pair_between_separators():
 def test_a_gpt_reads_prompt_and_choice_and_knows_where_the_choice_begins():
     rows = encode_one({"prompt": "ab", "choices": [" c", " de"]}, is_gpt=True, add_bos=True).rows
     assert rows == [([3, 10, 11, 112], 3), ([3, 10, 11, 113, 14], 3)]
+    assert encode_one({"prompt": "ab", "choices": ["\ud83dx", " é"]}, is_gpt=True).n_bytes == (2, 2)
 
 
 @pytest.mark.parametrize("prompt, choices", [("ab", [" c", " d"]), ("ab ", ["c", "d"]), ("ab", ["c", "\nd"]),
@@ -321,6 +323,7 @@ def test_a_gpts_pair_has_the_tokens_of_the_whole_text():
     tokenizer = make_tokenizer()
     (row,) = encode_one({"text_a": "ab ", "text_b": "c"}, True, encode=lambda text: [99] + tokenizer.encode(text)).rows
     assert row == ([99] + tokenizer.encode("ab \nc"), 3)
+    assert encode_one({"text_a": "abcdefgh", "text_b": "ij"}, True, 8).rows[0].ids[0] == 10, "both keep their beginning"
 
 
 VOCAB = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "vocab"
@@ -373,9 +376,9 @@ def test_a_response_keeps_its_end_of_text():
     ({"prompt": "abcdefghi", "choices": ["j", "k"]}, 11, 13)])
 def test_a_text_of_just_max_length_is_whole_and_one_token_less_cuts_it(example, of_gpt, of_encoder):
     for is_gpt, length in ((True, of_gpt), (False, of_encoder)):
-        for max_length, cut in ((length, False), (length - 1, True)):
+        for max_length, cut in ((length + 1, False), (length, False), (length - 1, True)):
             encoded = encode_one(example, is_gpt, max_length, add_bos=True)
-            assert encoded.cut is cut and {len(row.ids) for row in encoded.rows} == {max_length}
+            assert encoded.cut is cut and {len(row.ids) for row in encoded.rows} == {min(length, max_length)}
 
 
 def test_the_longer_text_is_shortened_first():

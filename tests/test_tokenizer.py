@@ -143,7 +143,7 @@ def test_added_tokens_of_a_folder_without_tokenizer_json_are_refused_in_texts_un
     (tmp_path / "spm.model").write_bytes((SHARED / "vocab" / "deberta_v3" / "spm.model").read_bytes())
     special = {"mask_token": "[MASK]", "additional_special_tokens": ["<s1>", {"content": "<s2>"}]}
     ours = Tokenizer(write(tmp_path, added_tokens_json={"[MASK]": 10 ** 6, "<s1>": 1, "<s2>": 2, "<e1>": 3},
-                           special_tokens_map_json=special))
+                           special_tokens_map_json=special, tokenizer_config_json={"mask_token": None}))
     assert ours.encode("[MASK] <s1> <s2> \ud83d")
     with pytest.raises(ValueError, match="'<e1>' is an added token"):
         ours.encode("a <e1>b")
