@@ -51,4 +51,5 @@ def test_several_sets_are_scored_apart_and_averaged_and_the_main_metric_comes_fi
 
 def test_an_answer_that_was_not_found_counts_as_failed():
     task, examples = Task("t", "multiple_choice", [], "accuracy", [], []), [Example([], 0), Example([], 0)]
-    assert summarise(task, examples, {"predicted": [1, 0], "failed": [0, 1]}) == {"accuracy": 0.5, "failed_extractions": 0.5}
+    values = summarise(task, examples, {"predicted": [1, 0], "failed": [0, 1]})
+    assert values == {"accuracy": 0.5, "failed_extractions": 0.5}
