@@ -231,7 +231,7 @@ def batch_loss(model, kind, batch, pad, device):
     """Sum of the losses of a batch: over examples, or for a GPT on multiple choice over the right answers' tokens."""
     if not isinstance(model, Classifier):
         idx, _, is_answer = collate([example.rows[example.label] for example in batch], pad, device)
-        return -model.answer_logprobs(idx, is_answer)[0].sum()
+        return -model.answer_logprobs(idx, is_answer).sum()
     labels = torch.tensor([example.label for example in batch], device=device)
     logits = model(*collate([row for example in batch for row in example.rows], pad, device)).float()
     if kind == "regression":
@@ -251,7 +251,7 @@ def score(model, examples, pad, device):
         if isinstance(model, Classifier):
             found = model(idx, mask, second).float().cpu()  # (rows, classes)
         else:  # the log-probability of the whole answer
-            parts = model.answer_logprobs(idx, second)[0].split(second.sum(1).tolist())
+            parts = model.answer_logprobs(idx, second).split(second.sum(1).tolist())
             found = torch.stack([part.sum() for part in parts])[:, None].cpu()  # (rows, 1)
         for i, of_row in zip(chosen, found):
             scores[i] = of_row
@@ -267,7 +267,7 @@ def write_answers(model, task, examples, tokenizer, device):
         idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad, device)
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
-            answers[i] = instruct.extract(examples[i].set or task.name, tokenizer.decode(ids))
+            answers[i] = instruct.extract(examples[i].subset or task.name, tokenizer.decode(ids))
     return answers
 
 
@@ -278,11 +278,11 @@ def evaluate(model, task, examples, tokenizer, device):
     with merged(model) if has_adapters else contextlib.nullcontext():
         if examples[0].prompt:
             answers = write_answers(model, task, examples, tokenizer, device)
-            predictions = {"main": [int(answer == example.answer) for answer, example in zip(answers, examples)],
+            predictions = {"predicted": [int(answer == example.answer) for answer, example in zip(answers, examples)],
                            "failed": [int(answer is None) for answer in answers]}
         else:
             scores = score(model, examples, tokenizer.pad, device)
-            predictions = {"main": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
+            predictions = {"predicted": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
             if not isinstance(model, Classifier):  # by bytes too: a long answer is improbable, however right
                 per_byte = [s / torch.tensor(example.n_bytes) for s, example in zip(scores, examples)]
                 predictions["per_byte"] = [s.argmax().item() for s in per_byte]
