@@ -27,8 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.jsonl import read_json
-
 # ---- RoPE and blocks -------------------------------------------------------------------------------------------------
 
 
@@ -404,8 +402,9 @@ class Encoder(nn.Module):
 class Classifier(nn.Module):
     """A head over the mean of an Encoder's real tokens, or over a GPT's last one. n_classes = 1 is regression.
 
-    The mean, and not the first token as BERT and RoBERTa have it: all-MiniLM was trained with the mean, and RoBERTa and
-    DeBERTa come without trained weights for reading the first token."""
+    The mean, and not the first token: all-MiniLM was trained with it, and the published RoBERTa and DeBERTa hold no
+    trained weights for reading the first token.
+    """
 
     def __init__(self, backbone, n_classes):
         super().__init__()
@@ -604,6 +603,13 @@ def read_config(path):
         if activation not in ACTIVATIONS:
             raise ValueError(f"{path}: activation {activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
     return FAMILIES[kind], config, kind
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not there, or is not JSON ({error})") from None
 
 
 def unfused(name, tensor, n_head):
