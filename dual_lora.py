@@ -42,11 +42,12 @@ first steps (set_warmup; without a call it is 1).
 How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW
 start with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std
 for 1 to 20 % of W0's root mean square (README); 0.02 gives a few percent at usual weights. The learning rate needs its
-own search. Use a mean loss and no float16 loss scaler: the sign's gradient is clipped by value.
+own search. Divide r evenly, as the paper does: 2 + 6 and 6 + 2 trained as well as 4 + 4. Use a mean loss and no float16
+loss scaler, since the sign's gradient is clipped by value.
 
 How many steps turn a sign. An entry of DC has standard deviation sqrt(r2) init_std^2. A step of Adam moves each factor
-by about the rate lr, and so DC by about lr init_std sqrt(2 r2): it takes about init_std / lr steps. After as many steps
-under a steady gradient 26 to 40 % of the signs had turned, for many r2, init_std and lr.
+by about the rate lr, and so DC by about lr init_std sqrt(2 r2). That makes about init_std / lr steps: after as many,
+under a steady gradient, about a third of the signs had turned (26 to 40 %), whatever r2, init_std and lr were.
 
                      the paper                                           this file
     formula          dW, Sign(0) = -1, the clip, r1 = r2 = r / 2         the same

@@ -172,13 +172,13 @@ def test_the_docstrings_size_of_dW_and_number_of_steps_that_turn_a_sign(r1, r2, 
     dW = adapter.delta_weight().detach()
     assert dW.square().mean().sqrt() == pytest.approx(16 * init_std**2 / math.sqrt(2 * r2), rel=0.1)
     assert (dW == 0).float().mean() == pytest.approx(0.5, abs=0.02)
-    optimizer = torch.optim.Adam([adapter.lora_C, adapter.lora_D], lr=rate)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=rate)
     before = adapter.lora_D @ adapter.lora_C > 0
     for _ in range(round(init_std / rate)):
         optimizer.zero_grad()
         (G * adapter.delta_weight()).sum().backward()
         optimizer.step()
-    assert ((adapter.lora_D @ adapter.lora_C > 0) != before).float().mean() == pytest.approx(1 / 3, abs=0.05)
+    assert ((adapter.lora_D @ adapter.lora_C > 0) != before).float().mean() == pytest.approx(0.33, abs=0.07)
 
 
 # ---- Memory and precision --------------------------------------------------------------------------------------------
