@@ -237,7 +237,7 @@ def batch_loss(model, kind, batch, pad, device):
     """Sum of the losses of a batch: over examples, or for a GPT on multiple choice over the right answers' tokens."""
     if not isinstance(model, Classifier):
         idx, _, is_answer = collate([example.rows[example.label] for example in batch], pad, device)
-        return -model.answer_logprobs(idx, is_answer)[0].sum()
+        return -model.answer_logprobs(idx, is_answer).sum()
     labels = torch.tensor([example.label for example in batch], device=device)
     logits = model(*collate([row for example in batch for row in example.rows], pad, device)).float()
     if kind == "regression":
@@ -257,7 +257,7 @@ def score(model, examples, pad, device):
         if isinstance(model, Classifier):
             found = model(idx, mask, in_second_part).float().cpu()  # (rows, classes)
         else:  # the second part is the answer: the log-probability of all of it
-            logprobs = model.answer_logprobs(idx, in_second_part)[0].split(in_second_part.sum(1).tolist())
+            logprobs = model.answer_logprobs(idx, in_second_part).split(in_second_part.sum(1).tolist())
             found = torch.stack([part.sum() for part in logprobs])[:, None].cpu()  # (rows, 1)
         for i, of_row in zip(chosen, found):
             scores[i] = of_row
@@ -280,7 +280,7 @@ def write_answers(model, examples, tokenizer, device, name):
         check_finite(model(idx[:1], mask=mask[:1])[0])  # of one, since generate says nothing of NaN
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
-            answers[i] = instruct.extract(examples[i].set or name, tokenizer.decode(ids))
+            answers[i] = instruct.extract(examples[i].subset or name, tokenizer.decode(ids))
     return answers
 
 
