@@ -326,8 +326,8 @@ def train(cfg):
         n_batches = max(1, len(examples) // cfg.batch_size)  # of an epoch
         batches, began, first = None, time.time(), step
         while True:
-            # The factor on dW grows from 0 to 1, so that the first forward pass is the pre-trained model's.
-            set_warmup(model, 1.0 if step >= cfg.scale_warmup_steps else step / cfg.scale_warmup_steps)
+            # The factor on dW grows to 1 over the first steps. At 0 no gradient would pass: it is left to a run of none.
+            set_warmup(model, min(1.0, (step + 1) / max(1, cfg.scale_warmup_steps)) if cfg.max_steps else 0.0)
             if step == cfg.max_steps:
                 break
 

@@ -15,8 +15,9 @@ import benchmark  # noqa: E402
 import compare  # noqa: E402
 import draw  # noqa: E402
 import represent  # noqa: E402
-from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, merge_adapters,  # noqa: E402
-                       merged, save_adapter)
+import train  # noqa: E402
+from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, load_adapter,  # noqa: E402
+                       merge_adapters, merged, save_adapter)
 from methods import LAYERS, DoRALinear, adapter_report  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -29,11 +30,24 @@ CPU = torch.device("cpu")
 def test_a_method_leaves_out_what_its_name_says(method):
     layer = LAYERS[method](nn.Linear(6, 5), r1=2, r2=2, init_std=1.0)
     W0, BA, DC = layer._parameters["weight"], layer.lora_B @ layer.lora_A, layer.lora_D @ layer.lora_C
-    magnitude = BA if method in ("no_relu", "loha") else BA.relu()
-    direction = DC if method in ("no_sign", "loha") else torch.where(DC > 0, 1.0, -1.0)
+    magnitude = BA / 2**0.5 if method in ("no_relu", "loha") else BA.relu()
+    direction = DC / DC.square().mean().sqrt() if method in ("no_sign", "loha") else torch.where(DC > 0, 1.0, -1.0)
     update = (BA + DC) / 2 if method == "random_start" else magnitude * direction  # alpha / r is half of this scale
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), F.linear(x, W0 + layer.scaling * update, layer.bias))
+
+
+def test_the_parts_start_from_one_size_and_a_saved_adapter_keeps_it(tmp_path):
+    norms = {}
+    for method in ("dual_lora", "no_relu", "no_sign", "loha"):
+        torch.manual_seed(0)
+        model = apply_adapters(nn.Sequential(nn.Linear(256, 256)), ["0"], train.METHODS[method][0], r1=4, r2=4)
+        norms[method] = model[0].delta_weight().norm().item()
+        nn.init.normal_(model[0].lora_C)  # training moves DC, and not the constant that it is divided by
+        save_adapter(model, tmp_path / "adapter.pt")
+        again = load_adapter(nn.Sequential(nn.Linear(256, 256)), tmp_path / "adapter.pt")
+        assert torch.equal(again[0].delta_weight(), model[0].delta_weight())
+    assert norms == pytest.approx(dict.fromkeys(norms, norms["dual_lora"]), rel=0.15)
 
 
 @pytest.mark.parametrize("method, passes", [("xnor", lambda DC: DC.abs() <= 1), ("identity", torch.ones_like)])

@@ -152,7 +152,7 @@ def interrupt(before_step):
 def test_every_method_learns_and_keeps_what_it_trains_and_no_more(method, toys, tmp_path):
     ran = run(toys, tmp_path, f"--method={method}", "--max_steps=60", "--log_interval=20")
     assert losses(ran)[-1] < 0.95 * losses(ran)[0]
-    saved = {name: p for name, p in adapter(tmp_path).items() if not name.endswith(".warmup")}
+    saved = {name: p for name, p in adapter(tmp_path).items() if not name.endswith((".warmup", ".start_rms"))}
     assert sum(p.numel() for p in saved.values()) == ran[-1]["trainable"]
     head, names = {"head.weight", "head.bias"}, set(saved)
     if method == "full":
@@ -170,8 +170,9 @@ def test_training_learns_what_there_is_to_learn(toys, tmp_path):
 
 def test_every_method_starts_at_the_pretrained_model_with_one_head(toys, tmp_path):
     first = [losses(run(toys, tmp_path / method, f"--method={method}", "--log_interval=1"))[0]
-             for method in ("dual_lora", "lora", "full", "linear_probe")]
-    assert first == pytest.approx([first[0]] * 4, abs=1e-6)
+             for method in ("full", "lora", "linear_probe", "dual_lora")]
+    assert first[:3] == pytest.approx([first[0]] * 3, abs=1e-6)
+    assert 0 < abs(first[3] - first[0]) < 1e-3, "a small part of Dual LoRA's dW is there from the first step"
 
 
 @pytest.mark.parametrize("model, task", [("bert", "names"), ("llama", "choice")])
@@ -479,8 +480,8 @@ def test_the_learning_rate_rises_then_falls_and_nothing_is_decayed(toys, tmp_pat
     assert used == [(pytest.approx(0.01 * rate), 0) for rate in (0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25)]
 
 
-@pytest.mark.parametrize("steps, factors", [(4, [0, 0.25, 0.5, 0.75, 1, 1]), (0, [1] * 6)])
-def test_the_factor_on_dw_grows_from_0_to_1(steps, factors, toys, tmp_path):
+@pytest.mark.parametrize("steps, factors", [(4, [0.25, 0.5, 0.75, 1, 1, 1]), (0, [1] * 6)])
+def test_the_factor_on_dw_grows_to_1_and_no_step_is_spent_at_0(steps, factors, toys, tmp_path):
     seen = []
 
     def look(layer, inputs):

@@ -4,6 +4,8 @@
     no_relu        BA ⊙ Sign(DC)
     no_sign        ReLU(BA) ⊙ DC
     loha           BA ⊙ DC: neither of the two, LoHa (FedPara, arXiv 2108.06098)
+                   These three start from one norm of dW, Dual LoRA's: DC is divided by its rms at the start, and where
+                   the ReLU is left out, which takes half of BA's square away, dW is divided by sqrt(2).
     random_start   LoRA of rank r1 + r2 from Dual LoRA's start: B is random too, and the scale of dW is warmed up
     xnor           Dual LoRA with XNOR-Net's gradient of the sign (arXiv 1603.05279): only where abs(DC) <= 1
     identity       Dual LoRA with the gradient passed as it is
@@ -77,12 +79,17 @@ class Ablation(DualLoRALinear):
 
 class NoReLU(Ablation):
     def magnitude(self, BA):
-        return BA
+        return BA / math.sqrt(2)
 
 
 class NoSign(Ablation):
+    def __init__(self, linear, **settings):
+        super().__init__(linear, **settings)
+        rms = (self.lora_D @ self.lora_C).detach().square().mean().sqrt()
+        self.register_buffer("start_rms", rms)  # of DC, a constant from here on; it is saved with the adapter
+
     def direction(self, DC):
-        return DC
+        return DC / self.start_rms
 
 
 class LoHa(NoReLU, NoSign):
