@@ -1,0 +1,186 @@
+"""How much can an update hold? Random associations in one layer, learnt by heart.
+
+    python tests/evidence/memorise.py                        # the figure: pictures/memorise.png
+    python tests/evidence/memorise.py --width=256 --lines="LoRA, r = 4;Dual LoRA, 4 + 4" --counts=3,4
+
+W0 is a random square matrix of --width. Each of N random keys gets one of `width` classes at random; the logits of a
+key x are (W0 + dW) x. Adam fits dW to all keys at once. There is nothing to generalise: the share of the keys whose
+class is recalled in the end says how much dW holds, or at least how much training gets into it.
+
+For each line of the figure the learning rate and init_std (for LoRA the rate and alpha) are the best of a grid, by a
+seed that is not shown. The three parts, no Sign, no ReLU and LoHa, start with a dW of Dual LoRA's norm.
+Every run is a line of --out_dir/runs.jsonl and is not made again.
+"""
+import argparse
+import concurrent.futures
+import itertools
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from compare import commit, table  # noqa: E402
+from draw import COLOURS, MARKERS, pyplot, save  # noqa: E402
+from dual_lora import DualLoRALinear, LoRALinear  # noqa: E402
+from methods import LoHa, NoReLU, NoSign  # noqa: E402
+
+
+class Annealed(DualLoRALinear):
+    """Dual LoRA trained with tanh(beta DC / std(DC)) in the sign's place, where `recall` raises beta from 1 to 1,000.
+    What it recalls is asked of the true sign, with beta None. It tells what dW cannot hold from what the straight-
+    through gradient does not find."""
+
+    beta = None
+
+    def delta_weight(self):
+        if self.beta is None:
+            return super().delta_weight()
+        DC = self.lora_D @ self.lora_C
+        return self.scaling * (self.lora_B @ self.lora_A).relu() * torch.tanh(self.beta * DC / DC.std())
+
+
+ADAPTERS = {"lora": LoRALinear, "dual_lora": DualLoRALinear, "annealed": Annealed, "no_sign": NoSign,
+            "no_relu": NoReLU, "loha": LoHa}
+# label: method, r1 and r2 (LoRA has one rank, their sum), steps, and the keys, in widths, by which settings are chosen
+LINES = {
+    "LoRA, r = 8": ("lora", 4, 4, 1500, 5),
+    "LoRA, r = 4": ("lora", 2, 2, 1500, 3.5),
+    "Dual LoRA, 4 + 4": ("dual_lora", 4, 4, 1500, 3),
+    "Dual LoRA, 8 + 8": ("dual_lora", 8, 8, 1500, 5),
+    "no Sign, 4 + 4": ("no_sign", 4, 4, 1500, 5),
+    "LoHa, 4 + 4": ("loha", 4, 4, 1500, 5),
+    "no ReLU, 4 + 4": ("no_relu", 4, 4, 1500, 3),
+    "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 6000, 3.5),
+}
+SHARES = {f"Dual LoRA, {r1} + {8 - r1}": ("dual_lora", r1, 8 - r1, 1500, 3) for r1 in range(1, 8)}
+RATES, STARTS, ALPHAS = (0.004, 0.016, 0.064), (0.03, 0.1, 0.3, 1.0), (4, 16, 64)
+GRID_SEED, SEEDS = 1000, (0, 1, 2)
+
+
+def recall(run):
+    """The share of the keys whose class is recalled after training."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what is learnt has tiny gradients, and denormal numbers take a CPU five times as long
+    torch.manual_seed(run["seed"])
+    n, width, steps = run["n"], run["width"], run["steps"]
+    W0 = torch.randn(width, width) / math.sqrt(width)
+    keys, classes = torch.randn(n, width), torch.randint(width, (n,))
+    linear, r1, r2 = nn.Linear(width, width, bias=False), run["r1"], run["r2"]
+    settings = {"r": r1 + r2} if run["method"] == "lora" else {"r1": r1, "r2": r2, "init_std": run["init_std"]}
+    adapter = ADAPTERS[run["method"]](linear, alpha=run["alpha"], **settings)
+    optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=run["rate"], fused=True)
+    rise = steps // 20
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = run["rate"] * min((step + 1) / rise, (steps - step) / (steps - rise))
+        if run["method"] == "annealed":  # the last 30 % of the steps at 1,000
+            adapter.beta = 1000 ** min(1, step / (0.7 * steps))
+        loss = F.cross_entropy(keys @ (W0 + adapter.delta_weight()).t(), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    adapter.beta = None
+    with torch.no_grad():
+        return ((keys @ (W0 + adapter.delta_weight()).t()).argmax(1) == classes).float().mean().item()
+
+
+def all_recalled(runs, args):
+    """The shares of `runs`, in order. Those that are not in runs.jsonl are made and added."""
+    path = args.out_dir / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {key(line): line["recalled"] for line in lines}
+    todo = [run for run in runs if key(run) not in known]
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool, open(path, "a") as file:
+        for run, share in zip(todo, pool.map(recall, todo)):
+            known[key(run)] = share
+            file.write(json.dumps({**run, "recalled": share, "commit": commit()}) + "\n")
+            file.flush()
+    return [known[key(run)] for run in runs]
+
+
+def key(run):
+    return tuple(run[name] for name in ("method", "r1", "r2", "n", "width", "steps", "alpha", "init_std", "rate", "seed"))
+
+
+def grid(lines, args):
+    """{label: the run's best settings}, each by one run a setting."""
+    runs = {}
+    for label, (method, r1, r2, _, count) in lines.items():
+        of_line = dict(method=method, r1=r1, r2=r2, n=round(count * args.width), width=args.width, steps=1500,
+                       seed=GRID_SEED)
+        choices = [(alpha, None) for alpha in ALPHAS] if method == "lora" else [(args.alpha, std) for std in STARTS]
+        runs[label] = [dict(of_line, alpha=alpha, init_std=std, rate=rate)
+                       for (alpha, std), rate in itertools.product(choices, RATES)]
+    shares = iter(all_recalled(list(itertools.chain(*runs.values())), args))
+    best = {}
+    for label, of_line in runs.items():
+        share, _, run = max((next(shares), -i, run) for i, run in enumerate(of_line))
+        best[label] = {name: run[name] for name in ("method", "r1", "r2", "width", "alpha", "init_std", "rate")}
+        print(f"{label}: alpha {run['alpha']}, init_std {run['init_std']}, rate {run['rate']}: "
+              f"{share:.2f} of {run['n']}", flush=True)
+    return best
+
+
+def measure(lines, counts, args):
+    """{label: {N: [the share recalled, for each seed]}}, and the same as a table."""
+    best = grid(lines, args)
+    runs = {(label, round(count * args.width), seed): dict(best[label], steps=lines[label][3], seed=seed,
+                                                          n=round(count * args.width))
+            for label in lines for count in counts for seed in SEEDS}
+    points = {label: {} for label in lines}
+    for (label, n, _), share in zip(runs, all_recalled(list(runs.values()), args)):
+        points[label].setdefault(n, []).append(share)
+    rows = [[label, *(f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in of_line.values())]
+            for label, of_line in points.items()]
+    print(table(["recalled of", *map(str, points[label])], rows), flush=True)
+    return points
+
+
+def draw(points, divided, path):
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1), sharey=True, layout="constrained")
+    for i, (label, of_line) in enumerate(points.items()):
+        means = [statistics.mean(v) for v in of_line.values()]
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle="-" if i < 4 else "--")
+        left.plot(list(of_line), means, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3, label=label, **style)
+        left.fill_between(list(of_line), *zip(*((min(v), max(v)) for v in of_line.values())), alpha=0.15, linewidth=0,
+                          color=style["color"])
+    left.set(xlabel="associations to learn", ylabel="share recalled", ylim=(0, 1.03))
+    left.legend(fontsize=7, loc="lower left")
+    n = next(iter(next(iter(divided.values()))))
+    right.plot([LINES.get(label, SHARES.get(label))[1] for label in divided],
+               [statistics.mean(of_line[n]) for of_line in divided.values()], marker="o", color=COLOURS[2])
+    for i, label in enumerate(("LoRA, r = 8", "LoRA, r = 4")):
+        right.axhline(statistics.mean(points[label][n]), color=COLOURS[i], linewidth=1, linestyle=":")
+        right.text(7, statistics.mean(points[label][n]) - 0.05, label, ha="right", fontsize=7, color=COLOURS[i])
+    right.set(title=f"{n} associations", xlabel="r1, with r1 + r2 = 8")
+    save(plt, figure, path)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--lines", help="labels of LINES, with ; between them: a table alone")
+    parser.add_argument("--counts", default="2,2.5,3,3.5,4,5,6", help="numbers of associations, in widths")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out_dir", type=Path, default=Path("out/memorise"))
+    args = parser.parse_args(arguments)
+    counts = [float(count) for count in args.counts.split(",")]
+    every = LINES | SHARES
+    lines = {label: every[label] for label in args.lines.split(";")} if args.lines else LINES
+    points = measure(lines, counts, args)
+    if not args.lines:
+        draw(points, measure(SHARES, [4], args), args.out_dir / "memorise.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
