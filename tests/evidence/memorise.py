@@ -51,24 +51,23 @@ ADAPTERS = {"lora": LoRALinear, "dual_lora": DualLoRALinear, "annealed": Anneale
             "no_relu": NoReLU, "loha": LoHa}
 # label: method, r1 and r2 (LoRA has one rank, their sum), steps, and the keys, in widths, by which settings are chosen
 LINES = {
-    "LoRA, r = 8": ("lora", 4, 4, 1500, 5),
+    "LoRA, r = 8": ("lora", 4, 4, 1500, 6),
     "LoRA, r = 4": ("lora", 2, 2, 1500, 3.5),
     "Dual LoRA, 4 + 4": ("dual_lora", 4, 4, 1500, 3),
     "Dual LoRA, 8 + 8": ("dual_lora", 8, 8, 1500, 5),
     "no Sign, 4 + 4": ("no_sign", 4, 4, 1500, 5),
-    "LoHa, 4 + 4": ("loha", 4, 4, 1500, 5),
+    "LoHa, 4 + 4": ("loha", 4, 4, 1500, 6),
     "no ReLU, 4 + 4": ("no_relu", 4, 4, 1500, 3),
-    "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 6000, 3.5),
+    "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 3000, 3.5),
 }
-SHARES = {f"Dual LoRA, {r1} + {8 - r1}": ("dual_lora", r1, 8 - r1, 1500, 3) for r1 in range(1, 8)}
-RATES, STARTS, ALPHAS = (0.004, 0.016, 0.064), (0.03, 0.1, 0.3, 1.0), (4, 16, 64)
+RATES, STARTS, ALPHAS = (0.016, 0.064, 0.256), (0.03, 0.1, 0.3, 1.0), (4, 16, 64)
 GRID_SEED, SEEDS = 1000, (0, 1, 2)
 
 
 def recall(run):
     """The share of the keys whose class is recalled after training."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # what is learnt has tiny gradients, and denormal numbers take a CPU five times as long
+    torch.set_flush_denormal(True)  # what is learnt has tiny gradients, and denormal numbers are slow
     torch.manual_seed(run["seed"])
     n, width, steps = run["n"], run["width"], run["steps"]
     W0 = torch.randn(width, width) / math.sqrt(width)
@@ -107,13 +106,13 @@ def all_recalled(runs, args):
 
 
 def key(run):
-    return tuple(run[name] for name in ("method", "r1", "r2", "n", "width", "steps", "alpha", "init_std", "rate", "seed"))
+    return json.dumps({name: run[name] for name in sorted(run) if name not in ("recalled", "commit")})
 
 
-def grid(lines, args):
-    """{label: the run's best settings}, each by one run a setting."""
+def best_settings(args):
+    """{label: settings}, each the best of the grid by one run a setting."""
     runs = {}
-    for label, (method, r1, r2, _, count) in lines.items():
+    for label, (method, r1, r2, _, count) in args.lines.items():
         of_line = dict(method=method, r1=r1, r2=r2, n=round(count * args.width), width=args.width, steps=1500,
                        seed=GRID_SEED)
         choices = [(alpha, None) for alpha in ALPHAS] if method == "lora" else [(args.alpha, std) for std in STARTS]
@@ -124,43 +123,43 @@ def grid(lines, args):
     for label, of_line in runs.items():
         share, _, run = max((next(shares), -i, run) for i, run in enumerate(of_line))
         best[label] = {name: run[name] for name in ("method", "r1", "r2", "width", "alpha", "init_std", "rate")}
-        print(f"{label}: alpha {run['alpha']}, init_std {run['init_std']}, rate {run['rate']}: "
+        print(f"{label}: alpha {run['alpha']:g}, init_std {run['init_std']}, rate {run['rate']}: "
               f"{share:.2f} of {run['n']}", flush=True)
     return best
 
 
-def measure(lines, counts, args):
-    """{label: {N: [the share recalled, for each seed]}}, and the same as a table."""
-    best = grid(lines, args)
-    runs = {(label, round(count * args.width), seed): dict(best[label], steps=lines[label][3], seed=seed,
-                                                          n=round(count * args.width))
-            for label in lines for count in counts for seed in SEEDS}
-    points = {label: {} for label in lines}
-    for (label, n, _), share in zip(runs, all_recalled(list(runs.values()), args)):
-        points[label].setdefault(n, []).append(share)
+def measure(settings, counts, args):
+    """{label: {N: [the share recalled, for each seed]}}, printed as a table too."""
+    counts = [round(count * args.width) for count in counts]
+    runs = [dict(of_line, steps=LINES[label][3] if label in LINES else 1500, n=n, seed=seed)
+            for label, of_line in settings.items() for n in counts for seed in SEEDS]
+    shares = iter(all_recalled(runs, args))
+    points = {label: {n: [next(shares) for _ in SEEDS] for n in counts} for label in settings}
     rows = [[label, *(f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in of_line.values())]
             for label, of_line in points.items()]
-    print(table(["recalled of", *map(str, points[label])], rows), flush=True)
+    print(table(["recalled of", *map(str, counts)], rows), flush=True)
     return points
 
 
 def draw(points, divided, path):
+    """Left the share recalled over N, with the range of the seeds; right over r1, at one N."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1), sharey=True, layout="constrained")
     for i, (label, of_line) in enumerate(points.items()):
-        means = [statistics.mean(v) for v in of_line.values()]
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle="-" if i < 4 else "--")
-        left.plot(list(of_line), means, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3, label=label, **style)
+        style = dict(color=(COLOURS + ["#888888"])[i], linestyle="-" if i < 4 else "--")
+        left.plot(list(of_line), [statistics.mean(v) for v in of_line.values()], marker=(MARKERS + "*")[i],
+                  markersize=4, linewidth=1.3, label=label, **style)
         left.fill_between(list(of_line), *zip(*((min(v), max(v)) for v in of_line.values())), alpha=0.15, linewidth=0,
                           color=style["color"])
     left.set(xlabel="associations to learn", ylabel="share recalled", ylim=(0, 1.03))
     left.legend(fontsize=7, loc="lower left")
-    n = next(iter(next(iter(divided.values()))))
-    right.plot([LINES.get(label, SHARES.get(label))[1] for label in divided],
-               [statistics.mean(of_line[n]) for of_line in divided.values()], marker="o", color=COLOURS[2])
-    for i, label in enumerate(("LoRA, r = 8", "LoRA, r = 4")):
-        right.axhline(statistics.mean(points[label][n]), color=COLOURS[i], linewidth=1, linestyle=":")
-        right.text(7, statistics.mean(points[label][n]) - 0.05, label, ha="right", fontsize=7, color=COLOURS[i])
+    (n,) = divided["1"]
+    right.plot([int(r1) for r1 in divided], [statistics.mean(of_r1[n]) for of_r1 in divided.values()], marker="d",
+               color=COLOURS[2])
+    for i, label in enumerate(list(points)[:2]):
+        level = statistics.mean(points[label][n])
+        right.axhline(level, color=COLOURS[i], linewidth=1, linestyle=":")
+        right.text(7, level - 0.05, label, ha="right", fontsize=7, color=COLOURS[i])
     right.set(title=f"{n} associations", xlabel="r1, with r1 + r2 = 8")
     save(plt, figure, path)
 
@@ -168,18 +167,18 @@ def draw(points, divided, path):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--alpha", type=float, default=16.0, help="of all but LoRA")
     parser.add_argument("--lines", help="labels of LINES, with ; between them: a table alone")
     parser.add_argument("--counts", default="2,2.5,3,3.5,4,5,6", help="numbers of associations, in widths")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out_dir", type=Path, default=Path("out/memorise"))
     args = parser.parse_args(arguments)
-    counts = [float(count) for count in args.counts.split(",")]
-    every = LINES | SHARES
-    lines = {label: every[label] for label in args.lines.split(";")} if args.lines else LINES
-    points = measure(lines, counts, args)
-    if not args.lines:
-        draw(points, measure(SHARES, [4], args), args.out_dir / "memorise.png")
+    whole, args.lines = not args.lines, {label: LINES[label] for label in (args.lines or ";".join(LINES)).split(";")}
+    settings = best_settings(args)
+    points = measure(settings, [float(count) for count in args.counts.split(",")], args)
+    if whole:  # how the parameters are divided, at the settings of 4 + 4
+        divided = {str(r1): dict(settings["Dual LoRA, 4 + 4"], r1=r1, r2=8 - r1) for r1 in range(1, 8)}
+        draw(points, measure(divided, [4], args), args.out_dir / "memorise.png")
 
 
 if __name__ == "__main__":
