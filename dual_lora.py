@@ -7,62 +7,71 @@
     C   (r2, in)    D (out, r2)   direction: Sign(DC) is +1 or -1
 
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates",
-arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r.
+arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r, whose dW is alpha / r * B A.
 
-Why apart. A step of full fine-tuning moves every weight in some direction by some size. LoRA learns both as one number,
-an entry of the low-rank BA. Dual LoRA gives each a low-rank product of its own. ReLU and Sign act on every entry, so dW
-is not of low rank. That alone is no gain: LoRA with as many parameters comes closer to full fine-tuning's own update
-(README). A possible gain: "leave this weight alone" is a region, BA < 0, not a coincidence of terms that cancel.
-
-An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere, so every weight should fall.
+An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere: each weight should fall.
 
     B = [ 1]  A = [2 -1]      BA = [ 2 -1]     ReLU(BA) = [2 0]
         [-1]                       [-2  1]                [0 1]
     D = [ 1]  C = [0.1 1]     DC = [ 0.1  1]   Sign(DC) = [+ +]     so   dW = [2  0]
         [-1]                       [-0.1 -1]              [- -]               [0 -1]
 
-Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity. (dA to dD are
-gradients, dL/dA to dL/dD. dW alone is a change.)
+Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as if it were the identity.
 
-    g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]     dB = g_m A^T = [1  ]     dA = B^T g_m = [0.5 0.5]
-                                      [0   -0.5]                    [0.5]
-    g_d = G ⊙ ReLU(BA)              = [1  0  ]       dD = g_d C^T = [0.1]     dC = D^T g_d = [1  -0.5]
-                                      [0  0.5]                      [0.5]
+    g_m = G ⊙ Sign(DC) where BA > 0 = [0.5  0  ]     dL/dB = g_m A^T = [1  ]     dL/dA = B^T g_m = [0.5 0.5]
+                                      [0   -0.5]                       [0.5]
+    g_d = G ⊙ ReLU(BA)              = [1  0  ]       dL/dD = g_d C^T = [0.1]     dL/dC = D^T g_d = [1  -0.5]
+                                      [0  0.5]                         [0.5]
 
-One step of SGD at a rate of 0.2:
+One step of SGD at a rate of 0.2, and LoRA's from the same B and A (`python dual_lora.py` computes both):
 
-    BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]
-         [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]
+    BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]     LoRA's dW = [ 2 -1], then [ 1.8 -0.9]
+         [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]                 [-2  1]       [-2.2  1.1]
 
-The entry -1 became -1.21: its direction was right, and its size grew. The entry 2 became -1.52: DC was near zero there,
-and the sign turned, a jump by twice the size. The zeros, half of all entries at the start, stay: the ReLU passes them
-no gradient, and only other entries' gradients can move A and B so that they come alive. The size of DC is invisible in
-dW. It only says how hard a sign is to turn: init_std against the learning rate decides how freely signs turn.
+LoRA's first column falls and its second rises, since one row of A, [2 -1], serves both. Of Dual LoRA's entries, -1 became
+-1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero there, and the sign turned, a jump by
+twice the size. The zeros stay: the ReLU passes them no gradient. One comes alive when other entries' gradients have moved
+its row of B or column of A far enough.
 
-Step 0. LoRA starts with B = 0, so that dW = 0. Here B = 0 would be the end: the ReLU passes no gradient at 0, and none
-of the four would ever move. So all start random. dW is then not zero, and a factor on it grows from 0 to 1 over the
-first steps (set_warmup; without a call it is 1). At 0, for one step, the model is the pre-trained one.
+Step 0. LoRA starts with B = 0, so that dW = 0. Here that would be the end: the ReLU passes no gradient at 0, and none of
+the four would ever move. So A and B start random. C and D start random for another reason: with D = 0 it would learn, but
+from signs that are all -1. dW is then not zero, and half of its entries are active. A factor on it grows from 0 to 1 over
+the first steps (set_warmup; without a call it is 1).
 
-How to set it. After the warm-up dW has about alpha init_std^2 / (sqrt(2 r2) rms(W0)) of W0's norm. Choose init_std for
-1 to 20 %: within that it hardly mattered, and at 80 % one task of two failed (one model). alpha also scales each step
-of dW. Leave it at 16: four times as much did worse, at lower rates too. Start from twice the rate that suits LoRA.
+How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW start
+with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std so that
+this is 1 to 20 % of W0's root mean square; the default gives a few percent at usual weights. Search the learning rate,
+from LoRA's on. Use a mean loss and no float16 loss scaler: the sign's gradient is clipped by value. Divide r evenly.
 
+How many steps turn a sign. An entry of DC has deviation sqrt(r2) init_std^2. A step of Adam moves each factor by about
+lr, so DC by about lr init_std sqrt(2 r2). It takes some init_std / lr steps: after as many, under a constant gradient, a
+third of all signs have turned, whatever r2, init_std and lr are (42 % for r2 = 1).
+
+                    the paper                                        this file
+    formula         dW, Sign(0) = -1, the clip, r1 = r2 = r / 2      the same
+    start           normal, deviation not given                      N(0, init_std^2) for all four
+    warm-up of dW   over the first few steps, formula not given      a straight line, as below
+    rate, alpha     rate tuned, not given; alpha 64, r 32 for LLaMA  a search for each task; alpha 16
+    ours alone                                                       float32 factors on any base, no dW kept, the files
+
+    import torch
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
 
-    apply_adapters(model, ["q_proj", "v_proj"], r1=4, r2=4)      # freezes all but the adapters
+    apply_adapters(model, ["q_proj", "v_proj"], r1=4, r2=4)           # freezes all but the adapters
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.0)    # search around twice LoRA's rate
+    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.0)
     for step, batch in enumerate(batches):
-        set_warmup(model, min(1.0, step / 30))
+        set_warmup(model, min(1.0, (step + 1) / 30))
         loss = model(batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
-    save_adapter(model, "adapter.pt")                            # load_adapter(fresh_model, "adapter.pt")
-    merge_adapters(model)                                        # plain layers again, with W0 + dW
+    save_adapter(model, "adapter.pt")                                 # load_adapter(fresh_model, "adapter.pt")
+    merge_adapters(model)                                             # plain layers again, with W0 + dW
 
-Needs torch 2.4 or newer.
+ReLU and Sign act on every entry, so dW is not of low rank. It is not more expressive for that: it has as few parameters.
+What was measured against LoRA is in the README. Needs torch 2.6 or newer.
 """
 import contextlib
-import copy
 import math
+import numbers
 import os
 
 import torch
@@ -82,8 +91,7 @@ def sign_(x):
 
 class SignSTE(torch.autograd.Function):
     """Sign(x), any shape. Its true derivative is zero, and nothing would learn. So the gradient goes straight through,
-    clipped to [-1, 1] by value as in the paper. In float32 and bfloat16 the clip never acted in any run we made, and
-    other estimators gave the same weights to the bit. A float16 loss scaler would make it act: do not use one."""
+    clipped to [-1, 1] by value as in the paper. A sum in the loss, or a float16 loss scaler, would make the clip act."""
 
     @staticmethod
     def forward(ctx, x):
@@ -97,57 +105,129 @@ class SignSTE(torch.autograd.Function):
 sign_ste = SignSTE.apply
 
 
-class AdaptedLinear(nn.Linear):
-    """Base class of the adapted layers: `weight` reads W0 + dW (effective_weight). A subclass adds delta_weight."""
+class DualLoRA(nn.Module):
+    """dW of one weight, and the layer's output with it."""
 
-    merged_weight = None  # W0 + dW inside `merged`
-
-    @property
-    def weight(self):
-        return effective_weight(self)
-
-    def forward(self, x):
-        return F.linear(x, out_in(self, self.weight), self.bias)
-
-
-class DualLoRALinear(AdaptedLinear):
-    """x (..., in) -> F.linear(x, W0 + dW, bias) (..., out), in the place of `linear`.
-
-    linear: an nn.Linear, or Hugging Face's Conv1D. Its weight and bias, the same Parameters, are taken over and frozen.
-    dropout acts on x in the adapter's branch; a step then takes five large products instead of three.
-    """
-
-    def __init__(self, linear, r1=8, r2=8, alpha=16.0, dropout=0.0, init_std=0.02):
-        # In place of super().__init__(), which would allocate a second weight.
-        take_over(self, linear, r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std)
+    def __init__(self, out_features, in_features, r1=8, r2=8, alpha=16.0, dropout=0.0, init_std=0.02):
+        super().__init__()
+        self.settings = plain_settings(r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std)
         self.scaling, self.dropout = alpha / math.sqrt(r1 * r2), dropout
-        # No matrix starts at zero: see "Step 0" above.
-        self.lora_A = new_parameter(self, r1, self.in_features, std=init_std)
-        self.lora_B = new_parameter(self, self.out_features, r1, std=init_std)
-        self.lora_C = new_parameter(self, r2, self.in_features, std=init_std)
-        self.lora_D = new_parameter(self, self.out_features, r2, std=init_std)
-        # A tensor, not a number: torch.compile would compile again whenever a number changes.
-        self.register_buffer("warmup", torch.ones((), device=self.lora_A.device))
+        # None starts at zero: see "Step 0" above.
+        self.lora_A = nn.Parameter(cpu_zeros(r1, in_features).normal_(std=init_std))
+        self.lora_B = nn.Parameter(cpu_zeros(out_features, r1).normal_(std=init_std))
+        self.lora_C = nn.Parameter(cpu_zeros(r2, in_features).normal_(std=init_std))
+        self.lora_D = nn.Parameter(cpu_zeros(out_features, r2).normal_(std=init_std))
+        # The factor on dW, from 0 to 1. A tensor, since torch.compile would compile again whenever a number changes.
+        self.register_buffer("warmup", cpu_zeros() + 1)
 
     def delta_weight(self):
         """dW (out, in), differentiable by plain autograd. W_m is the magnitude, W_d the direction."""
-        with autocast_off(self.lora_A):
+        with in_float32(self.lora_A):
             W_m = (self.lora_B @ self.lora_A).relu()
             W_d = sign_ste(self.lora_D @ self.lora_C)
-            return self.warmup * self.scaling * (W_m * W_d)
+            return self.scale() * (W_m * W_d)
+
+    def scale(self):
+        """The factor times alpha / sqrt(r1 r2), a scalar tensor."""
+        return self.warmup.to(self.lora_A.dtype) * self.scaling
+
+    def forward(self, x, W0, bias=None):
+        """x (..., in), W0 (out, in) -> F.linear(x, W0 + dW, bias) (..., out), gradients included. It keeps no dW.
+
+        Dropout acts on x in front of dW alone, which takes five large products instead of three.
+        """
+        factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scale()
+        if self.training and self.dropout > 0:
+            return F.linear(x, W0, bias) + DualLinear.apply(F.dropout(x, self.dropout), None, None, *factors)
+        return DualLinear.apply(x, W0, bias, *factors)
+
+
+# ---- The layer that an adapter sits in -------------------------------------------------------------------------------
+
+
+class AdaptedLinear(nn.Linear):
+    """The linear layer that was there, with another class (see adapt): x (..., in) -> adapter(x, W0, bias) (..., out).
+
+    W0 is the pre-trained weight, the same Parameter. `weight` is no parameter but reads W0 + dW, for a module that takes
+    the weight of its child and never calls it, such as nn.MultiheadAttention.
+    """
+
+    merged_weight = None  # W0 + dW inside `merged`
 
     def forward(self, x):
-        """Without dropout F.linear(x, W0 + delta_weight(), bias), gradients included, but keeps no such matrix."""
         if self.merged_weight is not None:
-            return super().forward(x)
-        check_precision(self)
-        W0, adapter = base_weight(self), (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
-        s = self.warmup * self.scaling
-        if self.training and self.dropout > 0:
-            zeros = W0.new_zeros(self.out_features, 1)  # in W0's place, for the adapter's branch alone
-            branch = DualLinear.apply(F.dropout(x, self.dropout), zeros, None, *adapter, s)
-            return F.linear(x, W0, self.bias) + branch
-        return DualLinear.apply(x, W0, self.bias, *adapter, s)
+            return F.linear(x, self.out_in(self.merged_weight), self.bias)
+        return self.adapter(x, self.out_in(self.W0), self.bias)
+
+    @property
+    def weight(self):
+        """W0 + dW, summed in float32 and rounded once, in W0's layout and dtype; a new tensor, differentiable."""
+        if self.merged_weight is not None:
+            return self.merged_weight
+        try:
+            W = self.out_in(self.W0) + self.adapter.delta_weight()
+        except AttributeError as error:  # out of a property it would read as "no attribute 'weight'"
+            raise RuntimeError(f"delta_weight of {type(self.adapter).__name__}: {error}") from error
+        return self.out_in(W).to(self.W0.dtype)
+
+    def out_in(self, weight):
+        """A weight as (out, in), a view where the layer was Hugging Face's Conv1D, which has it as (in, out); and back."""
+        return weight if issubclass(self.plain_class, nn.Linear) else weight.t()
+
+    def __getstate__(self):
+        """A copy or pickle that is made inside `merged` is of the layer as it is outside."""
+        state = self.__dict__.copy()
+        if state.pop("merged_weight", None) is not None:
+            W0 = nn.Parameter(self.W0.to(self.merged_weight.device), self.W0.requires_grad)
+            state["_parameters"] = self._parameters | {"W0": W0}
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """The state of the plain layer fits too: its "weight" is W0."""
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}W0"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def adapt(linear, adapter):
+    """Put `adapter` into `linear`, and return linear. It stays the object that it was, hooks and flags included.
+
+    An adapter of your own is an nn.Module made by YourClass(out_features, in_features, **settings), with
+    delta_weight(), forward(x, W0, bias), and for save_adapter a dict `settings` of plain numbers.
+    """
+    move(adapter.train(linear.training), linear.weight.device)
+    plain_class, linear.__class__ = type(linear), AdaptedLinear
+    linear.plain_class, linear.adapter = plain_class, adapter
+    rename_parameter(linear, "weight", "W0")
+    linear.out_features, linear.in_features = linear.out_in(linear.W0).shape  # a Conv1D has none
+    if hasattr(adapter, "attach"):
+        adapter.attach(linear)  # for a method whose dW depends on W0, such as DoRA
+    return linear
+
+
+def restore(linear):
+    """The opposite of adapt: the plain layer with W0, as if nothing had been; returns linear."""
+    del linear.adapter
+    rename_parameter(linear, "W0", "weight")
+    linear.__class__ = linear.plain_class
+    if not isinstance(linear, nn.Linear):
+        del linear.out_features, linear.in_features
+    del linear.plain_class
+    return linear
+
+
+def move(adapter, device):
+    """adapter.to(device), which torch refuses for fake tensors, the ones that memory is counted with."""
+    for module in adapter.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = p if p is None else nn.Parameter(p.detach().to(device), p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = b if b is None else b.to(device)
+
+
+def rename_parameter(module, old, new):
+    """In place, at the same position, without the checks of nn.Module."""
+    module._parameters = {new if name == old else name: p for name, p in module._parameters.items()}
 
 
 # ---- The memory-saving backward pass: the same numbers with less memory. The hard thing in this file. ----------------
@@ -160,20 +240,20 @@ class DualLoRALinear(AdaptedLinear):
 #     g_m = G ⊙ W_d ⊙ [BA > 0]            dB = s g_m A^T     dA = (sB)^T g_m
 #     g_d = Clip(G ⊙ sW_m, -1, 1)         dD = g_d C^T       dC = D^T g_d
 #
-# The scale only ever multiplies thin matrices, where it costs nothing.
+# dB stands for dL/dB. The scale only ever multiplies thin matrices, where it costs nothing.
 
 
 class DualLinear(torch.autograd.Function):
-    """y = x (W0 + dW)^T + bias."""
+    """y = x (W0 + dW)^T + bias. Without W0 (None) y = x dW^T."""
 
     @staticmethod
     def forward(ctx, x, W0, bias, A, B, C, D, s):
-        W = W0.new_empty(B.shape[0], A.shape[1])
-        with autocast_off(A):
+        W = (x if W0 is None else W0).new_empty(B.shape[0], A.shape[1])
+        with in_float32(A):
             sB = s * B
             for rows in row_blocks(B, A):
-                sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
-                W[rows] = sW_m.mul_(W_d).add_(W0[rows])
+                dW = (sB[rows] @ A).relu_().mul_(sign_(D[rows] @ C))
+                W[rows] = dW if W0 is None else W0[rows] + dW
         y = F.linear(x, W, bias)
         ctx.save_for_backward(x.to(y.dtype), W0, A, B, C, D, s)  # y has autocast's dtype, where that is on
         return y
@@ -186,76 +266,82 @@ class DualLinear(torch.autograd.Function):
         G = gy_rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
         gW0 = G.clone() if ctx.needs_input_grad[1] else None
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+        if torch.compiler.is_compiling():
             # subtle: the compiler sees both passes at once, finds BA and DC in both, and would keep the first ones.
             # Here A and C seem to depend on gy, so BA and DC are other matrices to it, and are formed again.
-            A, C = torch.where(gy_rows[0, 0] > 0, A, A), torch.where(gy_rows[0, 0] > 0, C, C)
-        with autocast_off(A):
+            any_number = gy_rows.sum()
+            A, C = torch.where(any_number > 0, A, A), torch.where(any_number > 0, C, C)
+        with in_float32(A):
             sB = s * B
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
                 g = G[rows].to(A.dtype)
-                g_m = sW_m.sign().mul_(g).mul_(W_d)  # sW_m >= 0: its sign is [BA > 0]; at s = 0 it is 0
+                g_m = sW_m.sign().mul_(g).mul_(W_d)  # the sign is [BA > 0]: sW_m is never negative
                 g_d = (sW_m * g).clamp_(-1, 1)
                 dA.addmm_(sB[rows].t(), g_m)
                 dB[rows] = s * (g_m @ A.t())
                 dC.addmm_(D[rows].t(), g_d)
                 dD[rows] = g_d @ C.t()
-                G[rows] = sW_m.mul_(W_d).add_(W0[rows])  # G is read: W takes its place
-        gx = gy @ G if compiling or ctx.needs_input_grad[0] else None  # which is wrong where torch 2.4 compiles
+                dW = sW_m.mul_(W_d)
+                G[rows] = dW if W0 is None else W0[rows] + dW  # these rows of G are used up: W takes their place
+        W = G
+        gx = gy @ W if ctx.needs_input_grad[0] else None
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return gx, gW0, gbias, dA, dB, dC, dD, None
 
 
 def row_blocks(B, A):
-    """Slices of BA's rows: on a CPU as many rows as fit its cache, on a GPU or compiled all at once."""
-    if torch.compiler.is_compiling() or not B.is_cpu:
+    """Slices of BA's rows: as many as fit a CPU's cache, or 64 MB of float32 on a GPU. Compiled, all at once."""
+    if torch.compiler.is_compiling():
         return [slice(None)]
-    step = max(1, 2**17 // A.shape[1])  # half a megabyte of float32
+    step = max(1, (2**17 if B.is_cpu else 2**24) // A.shape[1])
     return [slice(start, start + step) for start in range(0, B.shape[0], step)]
 
 
-NO_AUTOCAST = [kind for kind in ("meta", "mps") if not torch.amp.is_autocast_available(kind)]  # mps: torch 2.4
-
-
-def autocast_off(tensor):
-    """For BA and DC, which are formed in float32.
+def in_float32(factor):
+    """Autocast off, for BA and DC. TypeError for factors that were cast to a narrow type.
 
     subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
     size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
-    Hence float32 adapters on any base. TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) is left as it is.
+    W0 + dW itself is rounded where W0 or autocast is bfloat16, by 3 % of a dW of 5 % of W0's size. That is the same in
+    the model that trains and the model that is merged.
+    TF32 (torch.backends.cuda.matmul.allow_tf32, off by default) is left as it is.
     """
-    kind = tensor.device.type
-    return torch.autocast("cpu" if kind in NO_AUTOCAST else kind, enabled=False)
+    refuse_narrow(factor)
+    kind = factor.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def refuse_narrow(*factors):
+    for factor in factors:
+        if factor.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(f"the adapters were cast to {factor.dtype}, too coarse for them: "
+                            f"cast the model before apply_adapters, which then adds its parameters in float32")
 
 
 # ---- LoRA, to compare with -------------------------------------------------------------------------------------------
 
 
-class LoRALinear(AdaptedLinear):
-    """LoRA (Hu et al., arXiv 2106.09685): y = x W0^T + bias + alpha / r * B A x, A (r, in), B (out, r).
+class LoRA(nn.Module):
+    """LoRA (Hu et al., arXiv 2106.09685): dW = alpha / r * B A, A (r, in), B (out, r). B starts at 0, so dW does."""
 
-    B starts at 0, so dW does. forward never builds dW: two thin products take its place. See DualLoRALinear for more.
-    """
-
-    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
-        take_over(self, linear, r=r, alpha=alpha, dropout=dropout)
+    def __init__(self, out_features, in_features, r=16, alpha=16.0, dropout=0.0):
+        super().__init__()
+        self.settings = plain_settings(r=r, alpha=alpha, dropout=dropout)
         self.scaling, self.dropout = alpha / r, dropout
-        std = 1 / math.sqrt(3 * self.in_features)  # Kaiming's uniform, as in peft
-        self.lora_A = new_parameter(self, r, self.in_features, std=std, uniform=True)
-        self.lora_B = new_parameter(self, self.out_features, r, std=0.0)
+        bound = 1 / math.sqrt(in_features)  # Kaiming's, as in peft
+        self.lora_A = nn.Parameter(cpu_zeros(r, in_features).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(cpu_zeros(out_features, r))
 
     def delta_weight(self):
         """dW (out, in)."""
-        with autocast_off(self.lora_A):
+        with in_float32(self.lora_A):
             return self.scaling * (self.lora_B @ self.lora_A)
 
-    def forward(self, x):
-        if self.merged_weight is not None:
-            return super().forward(x)
-        check_precision(self)
-        y = F.linear(x, base_weight(self), self.bias)
+    def forward(self, x, W0, bias=None):
+        """See DualLoRA. It never builds dW: two thin products take its place."""
+        refuse_narrow(self.lora_A)
+        y = F.linear(x, W0, bias)
         Ax = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return (y + self.scaling * F.linear(Ax, self.lora_B)).to(y.dtype)
 
@@ -263,97 +349,110 @@ class LoRALinear(AdaptedLinear):
 # ---- The verbs -------------------------------------------------------------------------------------------------------
 
 
-def apply_adapters(model, targets, layer=DualLoRALinear, **settings):
-    """Freeze `model` and put layer(linear, **settings) in the place of every linear layer in `targets`; returns model.
+@torch.inference_mode(False)  # as elsewhere below: what is made in inference mode could not be trained later
+def apply_adapters(model, targets, adapter=DualLoRA, **settings):
+    """Freeze `model` and put adapter(out_features, in_features, **settings) into each linear layer in `targets`.
 
     A target is the last component of a module's name, or a dotted end of it: "q_proj", "attn.c_attn". Earlier adapters
-    stay trainable; all else is frozen, a head too, so thaw that afterwards. ValueError or TypeError, before anything
-    has changed, for a target that matches no linear layer and for a layer that cannot take an adapter (check_layer).
+    stay trainable; all else is frozen, a head too, so thaw that afterwards. Returns model. ValueError or TypeError, with
+    the model as it was, for a target that matches no linear layer and a layer that takes no adapter (check_layer).
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = list(linear_layers(model))
     known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    matched = {}
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
+        found = [name for name in names if f".{name}".endswith(f".{target}")]
+        if not found:
             raise ValueError(f"target {target!r} matches no linear layer: choose from {known}")
+        matched |= dict.fromkeys(found, (adapter, settings))
     if not targets:
         raise ValueError(f"targets is empty: choose from {known}")
-    ends = tuple(f".{target}" for target in targets)
-    insert(model, {name: (layer, settings) for name in names if f".{name}".endswith(ends)})
+    with all_or_none(model):
+        insert(model, {name: matched[name] for name in names if name in matched})
     return model
 
 
 def set_warmup(model, factor):
-    """Set the factor on dW of every Dual LoRA layer. It is part of the state, and is saved. ValueError: not 0 to 1."""
+    """Set the factor on dW of every Dual LoRA adapter. It is part of the state, and is saved. ValueError: not 0 to 1.
+
+    Inside `merged` it has no effect on what the model computes.
+    """
     if not 0 <= factor <= 1:
         raise ValueError(f"factor is {factor}: it should be from 0 to 1")
     for layer in adapted_layers(model).values():
-        if isinstance(layer, DualLoRALinear):
-            layer.warmup.fill_(factor)
+        if hasattr(layer.adapter, "warmup"):
+            layer.adapter.warmup.fill_(factor)
 
 
 def adapter_state_dict(model):
     """{name: tensor}, not copied: the adapters, whatever else is trainable, such as a head, and persistent buffers."""
-    ours = adapter_names(model)
-    return {plain_name(name): t.detach() for name, t in named_tensors(model).items()
-            if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
+    return {plain_name(name): t.detach() for name, t in saved_tensors(model).items()}
 
 
 def save_adapter(model, path):
-    """Write adapter_state_dict(model), and what rebuilds the adapters, to `path`, whole or not at all."""
-    layers = {plain_name(name): (type(m).__name__, m.settings) for name, m in adapted_layers(model).items()}
-    state = {name: tensor.cpu() for name, tensor in adapter_state_dict(model).items()}
-    if not state:
-        raise ValueError("nothing to save: the model has no adapters and no trainable parameter")
-    save_atomically({"layers": layers, "state": state}, path)
+    """Write adapter_state_dict(model), and what rebuilds the adapters, to `path`, whole or not at all.
+
+    A model that is sharded by torch's fully_shard is gathered: every process calls this, and every one writes.
+    """
+    layers, tensors = adapted_layers(model), saved_tensors(model)
+    refuse_absent(model, tensors)
+    for layer in layers.values():
+        refuse_narrow(*layer.adapter.parameters())
+    adapters = {plain_name(name): (type(layer.adapter).__name__, layer.adapter.settings)
+                for name, layer in layers.items()}
+    state = {plain_name(name): t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
+             for name, t in tensors.items()}
+    state = {name: t.cpu().clone() for name, t in state.items()}  # a view would take its whole storage along
+    save_atomically({"adapters": adapters, "state": state}, path)
 
 
+@torch.inference_mode(False)
 def load_adapter(model, path):
     """Put the adapters of `path`, and what else it holds, such as a head, on a fresh base model; returns model.
 
-    What the file holds becomes trainable, all else is frozen. ValueError, before anything has changed, where the file
-    is damaged, or a name or shape in file and model differ.
+    What the file holds becomes trainable, all else is frozen. ValueError, with the model as it was, where the file is
+    damaged, or a name or shape in file and model differ.
     """
     inner = unwrapped(model)
-    layers, state = read_adapter(path)
-    linears = linear_layers(inner)
-    # What the file must hold: the model's buffers, what the file itself names, and below each adapter's tensors.
-    shapes = {name: t.shape for name, t in named_tensors(inner).items()
-              if name in state or not isinstance(t, nn.Parameter)}
-    with torch.random.fork_rng(devices=[]):  # the layers' random start is overwritten: the caller's generator stays
-        for name, (cls, settings) in layers.items():
-            if name not in linears:
+    adapters, state = read_adapter(path)
+    with all_or_none(inner), torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+        for name in adapters:
+            if name not in linear_layers(inner):
                 raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
-            check_layer(inner, name)
-            shape = linears[name].weight.shape
-            in_out = shape if is_conv1d(linears[name]) else shape[::-1]
-            expected = cls(nn.Linear(*in_out, bias=False, device="meta"), **settings)
-            shapes.update({f"{name}.{key}": t.shape for key, t in named_tensors(expected).items() if key != "weight"})
-        for name in {**state, **shapes}:
-            if name not in state or name not in shapes:
+        try:
+            insert(inner, adapters)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
+        tensors = named_tensors(inner)
+        for name in state.keys() | saved_tensors(inner).keys():
+            if name not in state or name not in tensors:
                 raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
-            if state[name].shape != shapes[name]:
+            if getattr(state[name], "shape", None) != tensors[name].shape:
                 raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, "
-                                 f"and {[*shapes[name]]} in this model")
-        insert(inner, layers)
-    tensors = named_tensors(inner)
-    with torch.no_grad():
-        for name, value in state.items():
-            tensors[name].copy_(value)
-            if isinstance(tensors[name], nn.Parameter):
-                tensors[name].requires_grad_(True)
+                                 f"and {[*tensors[name].shape]} in this model")
+        with torch.no_grad():
+            for name, value in state.items():
+                tensors[name].copy_(value)
+                if isinstance(tensors[name], nn.Parameter):
+                    tensors[name].requires_grad_(True)
     return model
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def merge_adapters(model):
     """Turn every adapted layer back into the plain one, with W0 + dW; returns model. There is no way back.
 
-    A bfloat16 weight cannot take up what is below half a unit in its last place.
+    A bfloat16 weight loses changes smaller than its rounding step.
     """
-    if isinstance(model, AdaptedLinear):
-        return plain_layer(model)
-    for name, layer in adapted_layers(model).items():
-        replace(model, name, plain_layer(layer))
+    layers = adapted_layers(model)
+    refuse_merging(model, layers)
+    if any(layer.merged_weight is not None for layer in layers.values()):
+        raise ValueError("the model is inside `merged`: leave that first")
+    for layer in layers.values():
+        W = layer.weight.contiguous()
+        restore(layer).weight = nn.Parameter(W, requires_grad=False)
     return model
 
 
@@ -362,107 +461,130 @@ def merged(model):
     """Inside, every adapted layer is one plain product with W0 + dW: evaluation and generation at the base's speed.
 
     Afterwards, an error included, W0 is what it was, to the bit: no module is swapped and nothing is subtracted. On a
-    GPU W0 waits in the CPU's memory meanwhile, so that the weights are there once. The adapters do not train inside.
+    GPU W0 waits in the CPU's memory meanwhile, so that the weights are there once. Inside, adapters do not train, and
+    what is loaded into them has no effect. Two threads must not enter it on one model.
     """
-    layers = [layer for layer in adapted_layers(model).values() if layer.merged_weight is None]
+    adapted = adapted_layers(model)
+    refuse_merging(model, adapted)
+    layers = [layer for layer in adapted.values() if layer.merged_weight is None]
     try:
         with torch.inference_mode(False), torch.no_grad():  # a caller's inference mode would taint W0
             for layer in layers:
-                W0, layer.merged_weight = layer._parameters["weight"], effective_weight(layer)
-                if not W0.is_cpu:
-                    W0.data = W0.data.cpu()
+                layer.merged_weight = layer.weight
+                if not layer.W0.is_cpu:
+                    layer.W0.data = layer.W0.data.cpu()
         yield model
     finally:
         with torch.inference_mode(False):
             for layer in layers:
                 if layer.merged_weight is not None:
-                    W0 = layer._parameters["weight"]
-                    W0.data = W0.data.to(layer.merged_weight.device)
+                    layer.W0.data = layer.W0.data.to(layer.merged_weight.device)
                     del layer.merged_weight
 
 
-# ---- What the layers are made of -------------------------------------------------------------------------------------
+# ---- What they are made of -------------------------------------------------------------------------------------------
 
 
-def take_over(layer, linear, **settings):
-    """Give `layer` the parameters of `linear`, frozen, and all else that hangs on it, such as hooks and flags.
-
-    `settings` rebuild the layer from its file. ValueError for one out of its range.
-    """
+def plain_settings(**settings):
+    """The settings as plain numbers, which a file can hold. ValueError for one out of its range."""
     for name, value in settings.items():
         if name in ("r", "r1", "r2"):
-            fits, expected = isinstance(value, int) and value >= 1, "a whole number, 1 or more"
+            fits, expected = isinstance(value, numbers.Integral) and value >= 1, "a whole number, 1 or more"
         elif name == "dropout":
             fits, expected = 0 <= value < 1, "at least 0 and below 1"
         else:
             fits, expected = 0 < value < math.inf, "a number above 0"
         if not fits:
             raise ValueError(f"{name} is {value!r}: it should be {expected}")
-    layer.__dict__.update(linear.__dict__)
-    for kind in ("_parameters", "_buffers", "_modules"):  # dicts of its own; those of hooks are shared
-        layer.__dict__[kind] = linear.__dict__[kind].copy()
-    for p in layer._parameters.values():
-        if p is not None:
-            p.requires_grad_(False)
-    layer.original = (linear,)  # for plain_layer; in a tuple, since it is no submodule
-    layer.transposed = is_conv1d(linear)
-    layer.out_features, layer.in_features = base_weight(layer).shape
-    layer.settings = settings
+    return {name: int(value) if isinstance(value, numbers.Integral) else float(value)
+            for name, value in settings.items()}
 
 
-def new_parameter(layer, *shape, std, uniform=False):
-    """A float32 Parameter, drawn on the CPU, so that a seed means the same on every device, and without nn.init, which
-    some loaders switch off."""
-    drawn, bound = torch.zeros(shape, dtype=torch.float32, device="cpu"), math.sqrt(3) * std
-    if std > 0:
-        drawn = drawn.uniform_(-bound, bound) if uniform else drawn.normal_(std=std)
-    return nn.Parameter(drawn.to(layer._parameters["weight"].device))
+def cpu_zeros(*shape):
+    """Float32 on the CPU, whatever the defaults are: adapters are drawn there, so that a seed means the same everywhere.
 
-
-def out_in(layer, weight):
-    """A weight as (out, in), a view where the layer is a Conv1D, which has it as (in, out); and back."""
-    return weight.t() if layer.transposed else weight
-
-
-def base_weight(layer):
-    """W0 (out, in). It stays the Parameter "weight" of the layer: only reading the attribute gives W0 + dW."""
-    return out_in(layer, layer._parameters["weight"])
-
-
-def effective_weight(layer):
-    """W0 + dW, summed in float32 and rounded once, in W0's layout and dtype; differentiable.
-
-    This is what `layer.weight` reads, so a module that takes its child's weight and never calls it trains rightly
-    (nn.MultiheadAttention, nn.TransformerEncoderLayer in evaluation). It is a new tensor each time: what is written
-    into it is lost. W0 is layer._parameters["weight"].
+    In-place draws on it replace nn.init, which some loaders switch off.
     """
-    if layer.merged_weight is not None:
-        return layer.merged_weight
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+@contextlib.contextmanager
+def all_or_none(model):
+    """An error inside leaves no new adapter behind, and every requires_grad as it was."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    earlier = {m for m in model.modules() if isinstance(m, AdaptedLinear)}
     try:
-        W = base_weight(layer) + layer.delta_weight()
-    except AttributeError as error:  # out of a property it would make nn.Module hand out W0 instead
-        raise RuntimeError(f"delta_weight of {type(layer).__name__}: {error}") from error
-    return out_in(layer, W).to(layer._parameters["weight"].dtype)
+        yield
+    except BaseException:
+        for m in list(model.modules()):
+            if isinstance(m, AdaptedLinear) and m not in earlier:
+                restore(m)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        raise
 
 
-def check_precision(layer):
-    if layer.lora_A.dtype in (torch.bfloat16, torch.float16):
-        raise TypeError(f"the adapters were cast to {layer.lora_A.dtype}, too coarse to train: "
-                        f"cast the model before apply_adapters, which then adds its parameters in float32")
+def insert(model, plan):
+    """Put adapters into the model, plan = {name: (class, settings)}, and freeze all but them and earlier ones."""
+    owners = {}  # {id of a parameter: its names}
+    for module_name, module in model.named_modules():
+        for name, p in module._parameters.items():
+            owners.setdefault(id(p), []).append(f"{module_name}.{name}")
+    earlier = {p for m in model.modules() if isinstance(m, AdaptedLinear) for p in m.adapter.parameters()}
+    adapters = {}
+    for name, (cls, settings) in plan.items():
+        check_layer(model, name, owners)
+        linear = model.get_submodule(name)
+        shape = linear.weight.shape
+        adapters[linear] = cls(*(reversed(shape) if is_conv1d(linear) else shape), **settings)
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and p in earlier)
+    for linear, adapter in adapters.items():
+        adapt(linear, adapter)
 
 
-@torch.no_grad()
-def plain_layer(layer):
-    """The layer as it was, class, layout, hooks and flags, but with W0 + dW."""
-    plain = copy.copy(layer.original[0])
-    plain.__dict__ = {key: layer.__dict__[key] for key in plain.__dict__}  # as they are now
-    for kind in ("_parameters", "_buffers", "_modules"):
-        plain.__dict__[kind] = {name: layer.__dict__[kind][name] for name in layer.original[0].__dict__[kind]}
-    plain._parameters["weight"] = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
-    return plain
+def check_layer(model, name, owners):
+    """Refuse layers that would silently give wrong results: ValueError."""
+    linear, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    weight, kind = linear._parameters.get("weight"), type(linear).__name__
+    own_forward = "forward" in vars(linear) or not (is_conv1d(linear) or type(linear).forward is nn.Linear.forward)
+    taken = [own for own in ("W0", "adapter", "plain_class", "__slots__") if hasattr(linear, own)]
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+    shared = owners[id(weight)] if weight is not None else []
+    for refused, why in (
+            (isinstance(linear, AdaptedLinear), "has an adapter already: merge it, or start from a fresh model"),
+            (getattr(owner, "base_layer", None) is linear, "is inside a layer of peft: merge peft's adapter first"),
+            (own_forward, f"is a {kind} with its own forward pass, which would be lost"),
+            (taken, f"is a {kind} with its own {', '.join(taken)}, a name that an adapted layer needs"),
+            (weight is None, "has a computed weight, as by weight_norm or pruning: remove that first"),
+            (not plain, f"has a {type(weight).__name__} as its weight, of {getattr(weight, 'dtype', None)}: "
+                        f"dequantise first, and shard a model afterwards"),
+            (plain and not weight.numel(), NO_ELEMENTS),
+            (len(shared) > 1, f"shares its weight ({' and '.join(shared)}): an adapter would not reach both")):
+        if refused:
+            raise ValueError(f"{name} {why}")
 
 
-# ---- What the verbs are made of --------------------------------------------------------------------------------------
+NO_ELEMENTS = "has no elements here, as under DeepSpeed's ZeRO-3: call this inside deepspeed.zero.GatheredParameters"
+
+
+def refuse_absent(model, tensors):
+    """ValueError for values that are not in this process, with the way out."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in unwrapped(model).modules()):
+        raise ValueError("FullyShardedDataParallel renames the parameters: use torch's fully_shard")
+    for name, t in tensors.items():
+        if t.is_meta:
+            raise ValueError(f"{name} is on the meta device, without values: bring the model to one device first")
+        if isinstance(t, nn.Parameter) and not t.numel():
+            raise ValueError(f"{name} {NO_ELEMENTS}")
+
+
+def refuse_merging(model, layers):
+    """ValueError where W0 or dW is not whole in this process."""
+    refuse_absent(model, {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
+    if any(hasattr(m, "reshard") for m in unwrapped(model).modules()):  # what fully_shard adds to a module
+        raise ValueError("the model is sharded by fully_shard: evaluate without `merged`. To merge, save_adapter, and "
+                         "load_adapter on a model that is not sharded")
 
 
 def is_conv1d(module):
@@ -471,24 +593,30 @@ def is_conv1d(module):
 
 
 def linear_layers(model):
-    """{name: module} of all linear layers, adapted ones too; a module with two names is there twice."""
-    modules = unwrapped(model).named_modules(remove_duplicate=False)
+    """{name: module} of all linear layers, adapted ones too."""
+    modules = unwrapped(model).named_modules()
     return {name: m for name, m in modules if name and (isinstance(m, nn.Linear) or is_conv1d(m))}
 
 
 def adapted_layers(model):
-    return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
+    """{name: AdaptedLinear}. ValueError if there is none: whoever calls a verb expects some."""
+    layers = {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
+    if not layers:
+        raise ValueError("the model has no adapters that this dual_lora.py made (a file that is reloaded, or imported "
+                         "under two names, does not know its other copy's)")
+    return layers
 
 
-def adapter_names(model):
-    """Names of the parameters that adapted layers have and plain ones do not. A name alone would not tell: peft has
-    parameters called lora_A too."""
-    return {f"{name}.{key}" for name, layer in adapted_layers(model).items()
-            for key in layer._parameters if key not in layer.original[0]._parameters}
+def saved_tensors(model):
+    """{name: tensor} of named_tensors that a file holds. A name alone would not tell: peft has a lora_A too."""
+    ours = {f"{name}.adapter.{key}" for name, layer in adapted_layers(model).items()
+            for key in layer.adapter.state_dict()}
+    return {name: t for name, t in named_tensors(model).items()
+            if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
 
 
 def named_tensors(model):
-    """{name: tensor} of all parameters and persistent buffers. W0 is there under its own name, "weight"."""
+    """{name: tensor} of all parameters and persistent buffers."""
     return {name: t for name, t in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
 
 
@@ -504,46 +632,9 @@ def plain_name(name):
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
-def replace(model, name, layer):
-    owner, _, child = name.rpartition(".")
-    setattr(unwrapped(model).get_submodule(owner), child, layer)
-
-
-def insert(model, plan):
-    """Put adapted layers into the model, plan = {name: (class, settings)}. Checks all, builds all, then changes."""
-    model = unwrapped(model)
-    for name in plan:
-        check_layer(model, name)
-    layers = {name: cls(model.get_submodule(name), **settings) for name, (cls, settings) in plan.items()}
-    earlier = adapter_names(model)
-    for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and name in earlier)
-    for name, layer in layers.items():
-        replace(model, name, layer)
-
-
-def check_layer(model, name):
-    """Refuse what would go wrong without a word."""
-    linear, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    weight = linear._parameters.get("weight")
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if isinstance(linear, AdaptedLinear):
-        raise ValueError(f"{name} has an adapter already: merge it, or start from a fresh model")
-    if getattr(owner, "base_layer", None) is linear:
-        raise ValueError(f"{name} is inside a layer of peft, whose merging writes into its weight: "
-                         f"merge peft's adapter first")
-    if "forward" in linear.__dict__ or not (is_conv1d(linear) or type(linear).forward is nn.Linear.forward):
-        raise ValueError(f"{name}: this {type(linear).__name__} has its own forward pass, which would be lost")
-    if weight is None:
-        raise TypeError(f"{name}: its weight is computed, as by weight_norm or pruning: remove that first")
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
-        raise TypeError(f"{name}: its weight is a {type(weight).__name__} of {weight.dtype}: dequantise first")
-    if len(names) > 1:
-        raise ValueError(f"{name}: its weight is shared ({' and '.join(names)}): an adapter would not reach both")
-
-
 def save_atomically(content, path):
     """torch.save under a temporary name, then rename: at no moment is there half a file under `path`."""
+    path = os.path.realpath(path)  # a link stays, and the file that it names is replaced
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
     try:
         with open(temporary, "wb") as file:
@@ -556,19 +647,30 @@ def save_atomically(content, path):
 
 def read_adapter(path):
     """({layer's name: (class, settings)}, {name: tensor}) of a file by save_adapter; ValueError for any other."""
-    classes = layer_classes(AdaptedLinear)
     open(path, "rb").close()  # a missing file raises its own error here
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        layers = {name: (classes[cls], settings) for name, (cls, settings) in content["layers"].items()}
-        return layers, content["state"]
+        adapters, classes = content["adapters"], adapter_classes(nn.Module)
+        return {name: (classes[cls], {**settings}) for name, (cls, settings) in adapters.items()}, content["state"]
     except Exception as error:  # torch raises half a dozen kinds for a file cut short
-        raise ValueError(f"{path} is cut short, or was not written by save_adapter ({type(error).__name__})") from None
+        raise ValueError(f"{path} is cut short, of an earlier dual_lora.py, or not by save_adapter "
+                         f"({' '.join(f'{type(error).__name__}: {error}'.split())[:60]})") from None
 
 
-def layer_classes(base):
-    """{name: class} of all that derive from `base`, a user's own method too."""
+def adapter_classes(base):
+    """{name: class} of all that derive from `base` and have a delta_weight: a method of your own too."""
     classes = {}
-    for cls in base.__subclasses__():
-        classes |= {cls.__name__: cls} | layer_classes(cls)
+    for cls in base.__subclasses__():  # of two with one name, as in a notebook, the last one counts
+        classes |= ({cls.__name__: cls} if hasattr(cls, "delta_weight") else {}) | adapter_classes(cls)
     return classes
+
+
+if __name__ == "__main__":  # the example of the first page: change a number, and look
+    start = {"lora_A": [[2., -1.]], "lora_B": [[1.], [-1.]], "lora_C": [[0.1, 1.]], "lora_D": [[1.], [-1.]]}
+    for adapter in (DualLoRA(2, 2, r1=1, r2=1, alpha=1.0), LoRA(2, 2, r=1, alpha=1.0)):
+        for name, p in adapter.named_parameters():
+            p.data.copy_(torch.tensor(start[name]))
+        before, optimizer = adapter.delta_weight(), torch.optim.SGD(adapter.parameters(), lr=0.2)
+        (0.5 * before).sum().backward()  # so that dL/dW is 0.5 everywhere
+        optimizer.step()
+        print(f"{type(adapter).__name__}: dW was {before.tolist()} and is {adapter.delta_weight().tolist()}")

@@ -34,7 +34,7 @@ from data.jsonl import read_jsonl
 from data.metrics import METRICS, summarise
 from data.tasks import Task, first_of_each, load_task
 from data.tokenizer import Tokenizer
-from dual_lora import (DualLoRALinear, LoRALinear, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
+from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
                        save_atomically, set_warmup)
 from model import GPT, Classifier, load_pretrained
 
@@ -45,10 +45,10 @@ except ImportError:  # Windows
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
-# A method: the layer that apply_adapters puts in, and the options that go to it. tests/evidence/methods.py adds more.
+# A method: the adapter that apply_adapters puts in, and the options that go to it. tests/evidence/methods.py adds more.
 METHODS = {
-    "dual_lora": (DualLoRALinear, ("r1", "r2", "alpha", "dropout", "init_std")),
-    "lora": (LoRALinear, ("r", "alpha", "dropout")),
+    "dual_lora": (DualLoRA, ("r1", "r2", "alpha", "dropout", "init_std")),
+    "lora": (LoRA, ("r", "alpha", "dropout")),
     "full": (None, ()),          # every weight
     "linear_probe": (None, ()),  # the head alone
 }
@@ -176,7 +176,9 @@ def build(cfg, task=None, adapter=None):
         model = Classifier(model, task.n_outputs).to(cfg.device)
     model.requires_grad_(cfg.method == "full")
     layer, options = METHODS[cfg.method]
-    if adapter is not None:
+    if adapter is not None and layer is None:
+        model.load_state_dict(torch.load(adapter, map_location=cfg.device, weights_only=True), strict=False)
+    elif adapter is not None:
         load_adapter(model, adapter)
     elif layer is not None:
         torch.manual_seed(cfg.seed + 1)
@@ -272,7 +274,8 @@ def write_answers(model, task, examples, tokenizer, device):
 def evaluate(model, task, examples, tokenizer, device):
     """{metric: value}. Inside `merged` dW is built once, and not for every batch and every written token."""
     model.eval()
-    with merged(model):
+    has_adapters = any(isinstance(m, AdaptedLinear) for m in model.modules())
+    with merged(model) if has_adapters else contextlib.nullcontext():
         if examples[0].prompt:
             answers = write_answers(model, task, examples, tokenizer, device)
             predictions = {"main": [int(answer == example.answer) for answer, example in zip(answers, examples)],
@@ -327,7 +330,8 @@ def train(cfg):
         batches, began, first = None, time.time(), step
         while True:
             # The factor on dW grows to 1 over the first steps. At 0 no gradient would pass: it is left to a run of none.
-            set_warmup(model, min(1.0, (step + 1) / max(1, cfg.scale_warmup_steps)) if cfg.max_steps else 0.0)
+            if METHODS[cfg.method][0]:
+                set_warmup(model, min(1.0, (step + 1) / max(1, cfg.scale_warmup_steps)) if cfg.max_steps else 0.0)
             if step == cfg.max_steps:
                 break
 
@@ -384,7 +388,10 @@ def train(cfg):
                   "examples": len(validation), "trainable": n_trained, "task": task.name, "kind": task.kind,
                   "classes": task.classes, "settings": settings}
         history += [{"step": step, "validation": values}, result]
-        save_adapter(model, folder / "adapter.pt")
+        if METHODS[cfg.method][0]:
+            save_adapter(model, folder / "adapter.pt")
+        else:
+            save_atomically({name: p.detach() for name, p in trained.items()}, folder / "adapter.pt")
         temporary = folder / f"metrics.jsonl.{os.getpid()}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
         temporary.replace(folder / "metrics.jsonl")
@@ -411,7 +418,9 @@ def load(folder, device="auto"):
     task = Task(run["task"], run["kind"], run["classes"], run["metric"], [], [])
     cfg = Config(**run["settings"] | {"device": device, "compile": False})
     cfg, _, tokenizer, model, encode = build(cfg, task, folder / "adapter.pt")
-    merge_adapters(model).eval()
+    if METHODS[cfg.method][0]:
+        merge_adapters(model)
+    model.eval()
     writes, device = cfg.protocol == "instruct", torch.device(cfg.device)
     needed = "instruction" if writes else "choices" if task.kind == "multiple_choice" else "text_a"
 
@@ -531,7 +540,7 @@ def check(cfg):
         if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
             raise ValueError(f"--{name}={value}: it should be {'at least' if name in may_be_0 else 'above'} 0")
     layer = METHODS[cfg.method][0]
-    is_dual = layer is not None and issubclass(layer, DualLoRALinear)
+    is_dual = layer is not None and issubclass(layer, DualLoRA)
     idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
     for name in idle if layer else ("targets", "r", "alpha", "dropout", *idle):
         if getattr(cfg, name) != getattr(Config, name):

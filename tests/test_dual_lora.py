@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import dual_lora
-from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, load_adapter, merge_adapters,
-                       merged, save_adapter, set_warmup, sign_ste)
+from dual_lora import (AdaptedLinear, DualLoRA, LoRA, adapt, adapter_state_dict, apply_adapters, load_adapter,
+                       merge_adapters, merged, restore, save_adapter, set_warmup, sign_ste)
 
-LAYERS = [DualLoRALinear, LoRALinear]
+ADAPTERS = [DualLoRA, LoRA]
 
 
 def randomise(module, std=0.3, seed=0):
@@ -42,9 +42,15 @@ class Net(nn.Module):
         return self.head(x + self.down_proj(F.gelu(self.up_proj(x))))
 
 
-def adapted_net(layer=DualLoRALinear, seed=0, **settings):
+def adapted(linear, cls=DualLoRA, **settings):
+    """`linear`, frozen, with an adapter in it."""
+    shape = linear.weight.shape if isinstance(linear, nn.Linear) else reversed(linear.weight.shape)
+    return adapt(linear.requires_grad_(False), cls(*shape, **settings))
+
+
+def adapted_net(adapter=DualLoRA, seed=0, **settings):
     """A Net whose adapters are random, and whose head is too and trained."""
-    model = apply_adapters(Net(), ["up_proj", "down_proj"], layer, **settings)
+    model = apply_adapters(Net(), ["up_proj", "down_proj"], adapter, **settings)
     nn.init.normal_(model.head.requires_grad_(True).weight)
     return randomise(model, std=0.1, seed=seed)
 
@@ -77,18 +83,18 @@ def test_sign_has_two_values_and_zero_is_minus_one():
 
 
 def test_the_example_in_the_docstring_is_what_the_layer_computes():
-    layer = DualLoRALinear(nn.Linear(2, 2, bias=False), r1=1, r2=1, alpha=1.0)
-    nn.init.zeros_(layer._parameters["weight"])
+    layer = adapted(nn.Linear(2, 2, bias=False), r1=1, r2=1, alpha=1.0)
+    nn.init.zeros_(layer.W0)
     start = {"A": [[2, -1]], "B": [[1], [-1]], "C": [[0.1, 1]], "D": [[1], [-1]]}
     for name, value in start.items():
-        getattr(layer, f"lora_{name}").data.copy_(torch.tensor(value))
+        getattr(layer.adapter, f"lora_{name}").data.copy_(torch.tensor(value))
     assert layer.weight.tolist() == [[2, 0], [0, -1]]
     (0.5 * layer(torch.eye(2))).sum().backward()  # so that dL/dW is 0.5 everywhere
     expected = {"A": [[0.5, 0.5]], "B": [[1], [0.5]], "C": [[1, -0.5]], "D": [[0.1], [0.5]]}
     for name, value in expected.items():
-        torch.testing.assert_close(getattr(layer, f"lora_{name}").grad, torch.tensor(value))
-    torch.optim.SGD(layer.parameters(), lr=0.2).step()
-    A, B, C, D = layer.lora_A, layer.lora_B, layer.lora_C, layer.lora_D
+        torch.testing.assert_close(getattr(layer.adapter, f"lora_{name}").grad, torch.tensor(value))
+    torch.optim.SGD(layer.adapter.parameters(), lr=0.2).step()
+    A, B, C, D = layer.adapter.parameters()
     torch.testing.assert_close(B @ A, torch.tensor([[1.52, -0.88], [-2.09, 1.21]]))
     torch.testing.assert_close(D @ C, torch.tensor([[-0.098, 1.078], [0.11, -1.21]]))
     torch.testing.assert_close(layer.weight, torch.tensor([[-1.52, 0], [0, -1.21]]))
@@ -112,10 +118,10 @@ def test_outputs_and_all_gradients_are_the_formulas(kind, shape, dropout):
         linear = pytest.importorskip("transformers").pytorch_utils.Conv1D(1000, 300)
     else:
         linear = nn.Linear(300, 1000, bias=kind == "bias")  # three blocks of rows
-    layer = randomise(DualLoRALinear(linear, r1=3, r2=2, alpha=6.0, dropout=dropout).double(), std=1.0)
+    layer = randomise(adapted(linear, r1=3, r2=2, alpha=6.0, dropout=dropout).double(), std=1.0)
     set_warmup(layer, 0.25)
-    weight = layer._parameters["weight"].requires_grad_(True)
-    adapters = [layer.lora_A, layer.lora_B, layer.lora_C, layer.lora_D]
+    weight = layer.W0.requires_grad_(True)
+    adapters = [*layer.adapter.parameters()]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     gy = 0.1 * torch.randn(*shape[:-1], 1000, dtype=torch.float64)
     inputs = [x, weight, *adapters]
@@ -126,7 +132,7 @@ def test_outputs_and_all_gradients_are_the_formulas(kind, shape, dropout):
     torch.manual_seed(1)
     y = layer(x)
     ours = torch.autograd.grad(y, inputs, gy)
-    for dW in (naive, layer.delta_weight()):
+    for dW in (naive, layer.adapter.delta_weight()):
         torch.manual_seed(1)
         reference = F.linear(x, W0, layer.bias) + F.linear(F.dropout(x, dropout), dW)
         torch.testing.assert_close(y, reference)
@@ -136,7 +142,7 @@ def test_outputs_and_all_gradients_are_the_formulas(kind, shape, dropout):
 
 
 def test_a_second_derivative_is_an_error():
-    layer, x = DualLoRALinear(nn.Linear(12, 8)), torch.randn(5, 12, requires_grad=True)
+    layer, x = adapted(nn.Linear(12, 8)), torch.randn(5, 12, requires_grad=True)
     slope, = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.square().sum().backward()
@@ -145,7 +151,7 @@ def test_a_second_derivative_is_an_error():
 def test_at_factor_zero_the_model_is_the_base_to_the_bit_with_gradients_of_zero_and_at_one_none_is_zero():
     base, x = Net(), torch.randn(6, 32)
     model = apply_adapters(copy.deepcopy(base), ["up_proj", "down_proj"])
-    assert model.up_proj.warmup == 1
+    assert model.up_proj.adapter.warmup == 1
     for factor in (0, 1):
         set_warmup(model, factor)
         model.zero_grad()
@@ -166,18 +172,18 @@ def test_nothing_of_the_weights_size_is_kept_for_backward_but_the_weight(dropout
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    layer = DualLoRALinear(nn.Linear(300, 200), r1=4, r2=4, dropout=dropout)
+    layer = adapted(nn.Linear(300, 200), r1=4, r2=4, dropout=dropout)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         layer(torch.randn(16, 300, requires_grad=True))
     large = [pointer for pointer, size in kept.items() if size >= 200 * 300]  # even at a byte an entry
-    assert large == [layer._parameters["weight"].data_ptr()]
+    assert large == [layer.W0.data_ptr()]
 
 
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("cls", ADAPTERS)
 @pytest.mark.parametrize("base, autocast, dropout", [
     (torch.float32, True, 0.0), (torch.bfloat16, False, 0.0), (torch.bfloat16, True, 0.1)])
 def test_output_has_the_base_layers_dtype_and_gradients_are_float32_and_right(cls, base, autocast, dropout):
-    layer = randomise(cls(nn.Linear(96, 128, dtype=base), dropout=dropout))
+    layer = randomise(adapted(nn.Linear(96, 128, dtype=base), cls, dropout=dropout))
     x, found = torch.randn(64, 96, dtype=torch.float32 if autocast else base, requires_grad=True), []
     for model, inputs, narrow in ((copy.deepcopy(layer).float(), x.float(), False), (layer, x, autocast)):
         torch.manual_seed(0)
@@ -192,19 +198,19 @@ def test_output_has_the_base_layers_dtype_and_gradients_are_float32_and_right(cl
 
 def test_under_autocast_the_signs_are_those_of_float32_products():
     torch.manual_seed(0)
-    layer = DualLoRALinear(nn.Linear(256, 512, bias=False), r1=16, r2=16)
-    nn.init.zeros_(layer._parameters["weight"])
-    exact = copy.deepcopy(layer).double().delta_weight()
-    rough = layer.lora_D.bfloat16() @ layer.lora_C.bfloat16() > 0
-    assert (rough != (layer.lora_D @ layer.lora_C > 0)).float().mean() > 1e-4  # so there is something to get wrong
+    layer = adapted(nn.Linear(256, 512, bias=False), r1=16, r2=16)
+    nn.init.zeros_(layer.W0)
+    exact = copy.deepcopy(layer).double().adapter.delta_weight()
+    rough = layer.adapter.lora_D.bfloat16() @ layer.adapter.lora_C.bfloat16() > 0
+    assert (rough != (layer.adapter.lora_D @ layer.adapter.lora_C > 0)).float().mean() > 1e-4  # so there is something to get wrong
     with torch.autocast("cpu", torch.bfloat16):
         used = layer(torch.eye(256)).t()  # x = I shows the W that was used, rounded to bfloat16
-        dW = layer.delta_weight()
+        dW = layer.adapter.delta_weight()
     assert torch.equal(used.sign().double(), exact.sign())
     torch.testing.assert_close(dW, exact.float())
 
 
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("cls", ADAPTERS)
 def test_adapters_cast_to_a_narrow_type_are_refused_at_the_first_forward(cls):
     model = apply_adapters(Net(), ["up_proj"], cls).half()
     with pytest.raises(TypeError, match="cast the model before apply_adapters"):
@@ -236,11 +242,11 @@ def test_compiled_it_is_one_graph_while_factor_and_length_change_and_gradients_a
 def test_compiled_it_keeps_nothing_of_the_weights_size_but_the_weight():
     """The compiler would merge the backward pass's BA, DC and W with the forward pass's, and keep them."""
     torch._dynamo.reset()
-    layer = DualLoRALinear(nn.Linear(48, 40, bias=False), r1=2, r2=3)
+    layer = adapted(nn.Linear(48, 40, bias=False), r1=2, r2=3)
     compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)  # partitioned as by inductor
     y = compiled(torch.randn(5, 48, requires_grad=True))
     kept = [t for t in y.grad_fn.saved_tensors if t is not None and sorted(t.shape) == [40, 48]]
-    assert [t.data_ptr() for t in kept] in ([], [layer._parameters["weight"].data_ptr()])
+    assert [t.data_ptr() for t in kept] in ([], [layer.W0.data_ptr()])
 
 
 def wrapped_in(kind, model):
@@ -265,7 +271,7 @@ def test_the_verbs_see_through_wrappers_and_the_file_has_plain_names(kind, tmp_p
         with merged(wrapped):
             torch.testing.assert_close(wrapped(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merge_adapters(wrapped)(x), expected, rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(m, DualLoRALinear) for m in wrapped.modules())
+    assert not any(isinstance(m, AdaptedLinear) for m in wrapped.modules())
 
 
 def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
@@ -290,11 +296,12 @@ def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
 def test_lora_equals_pefts_outputs_gradients_and_merge(dropout):
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(32, 24))
-    ours = apply_adapters(copy.deepcopy(base), ["0"], LoRALinear, r=4, alpha=8.0, dropout=dropout)
+    ours = apply_adapters(copy.deepcopy(base), ["0"], LoRA, r=4, alpha=8.0, dropout=dropout)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0"]))
     layer = theirs.base_model.model[0]
-    pairs = [(ours[0].lora_A, layer.lora_A["default"].weight), (ours[0].lora_B, layer.lora_B["default"].weight)]
+    pairs = [(ours[0].adapter.lora_A, layer.lora_A["default"].weight),
+             (ours[0].adapter.lora_B, layer.lora_B["default"].weight)]
     for mine, other in pairs:
         mine.data.copy_(other.data.mul_(1.1).add_(0.05 * torch.randn_like(other)))
     x, outputs = torch.randn(5, 32), []
@@ -317,10 +324,21 @@ def test_targets_are_whole_name_ends_and_everything_else_is_frozen():
                            "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)}), "norm": nn.LayerNorm(4)})
     before = dict(model.named_parameters())
     assert apply_adapters(model, ["q_proj", "mlp.up"], r1=1, r2=1) is model
-    assert [name for name, m in model.named_modules() if isinstance(m, DualLoRALinear)] == ["q_proj", "mlp.up"]
-    assert trainable(model) == {f"{layer}.lora_{letter}" for layer in ("q_proj", "mlp.up") for letter in "ABCD"}
+    assert [name for name, m in model.named_modules() if isinstance(m, AdaptedLinear)] == ["q_proj", "mlp.up"]
+    assert trainable(model) == {f"{layer}.adapter.lora_{letter}" for layer in ("q_proj", "mlp.up") for letter in "ABCD"}
     after = dict(model.named_parameters())
-    assert all(after[name] is p for name, p in before.items()), "the base model's own parameters, by their own names"
+    renamed = {"q_proj.weight": "q_proj.W0", "mlp.up.weight": "mlp.up.W0"}
+    assert all(after[renamed.get(name, name)] is p for name, p in before.items()), "the base model's own parameters"
+
+
+def test_every_parameters_name_reads_that_parameter_and_weight_is_none():
+    model = adapted_net()
+    for name, p in model.named_parameters():
+        assert model.get_parameter(name) is p
+    assert "up_proj.W0" in dict(model.named_parameters()) and "weight" not in model.up_proj._parameters
+    for value in (torch.zeros(64, 32), nn.Parameter(torch.zeros(64, 32))):
+        with pytest.raises((AttributeError, KeyError)):
+            model.up_proj.weight = value
 
 
 class Scaled(nn.Linear):
@@ -352,9 +370,9 @@ def unfit(kind):
     (Net(), [], {}, "targets is empty: choose from down_proj"),
     (apply_adapters(Net(), ["up_proj"]), ["down_proj", "up_proj"], {}, "up_proj has an adapter already"),
     *((unfit(kind), ["down_proj", "q_proj"], {}, words) for kind, words in {
-        "tied": "shared .*embed.weight and q_proj.weight", "own forward": "Scaled has its own forward",
-        "own forward, on the instance": "Linear has its own forward", "computed": "its weight is computed",
-        "a Parameter's subclass": "a Int4 of torch.float32: dequantise first",
+        "tied": "shares its weight .embed.weight and q_proj.weight", "own forward": "Scaled with its own forward",
+        "own forward, on the instance": "Linear with its own forward", "computed": "has a computed weight",
+        "a Parameter's subclass": "has a Int4 as its weight, of torch.float32: dequantise first",
         "8 bits": "torch.float8_e4m3fn: dequantise first"}.items()),
     *((Net(), ["up_proj"], settings, f"{next(iter(settings))} is .*: it should be") for settings in (
         {"r1": 0}, {"r2": 2.0}, {"alpha": -16.0}, {"dropout": 1.0}, {"init_std": 0}))])
@@ -366,8 +384,8 @@ def test_what_would_fail_silently_is_refused_before_anything_changes(model, targ
 
 def test_other_layers_may_follow_and_earlier_adapters_stay_trainable():
     model = apply_adapters(Net(), "up_proj")
-    apply_adapters(model, ["down_proj"], LoRALinear)
-    assert {name.rpartition(".")[0] for name in trainable(model)} == {"up_proj", "down_proj"}
+    apply_adapters(model, ["down_proj"], LoRA)
+    assert {name.partition(".")[0] for name in trainable(model)} == {"up_proj", "down_proj"}
 
 
 def test_a_factor_outside_0_to_1_is_refused():
@@ -375,14 +393,14 @@ def test_a_factor_outside_0_to_1_is_refused():
     for factor in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="from 0 to 1"):
             set_warmup(model, factor)
-    assert model.up_proj.warmup == 1
+    assert model.up_proj.adapter.warmup == 1
 
 
 def test_the_start_does_not_depend_on_nn_init_which_loaders_switch_off(monkeypatch):
     for name in ("normal_", "uniform_", "kaiming_uniform_", "zeros_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor.data.fill_(7.0))
-    for cls in LAYERS:
-        own = [p for name, p in cls(nn.Linear(64, 64)).named_parameters() if "lora_" in name]
+    for cls in ADAPTERS:
+        own = [*cls(64, 64).parameters()]
         assert max(p.abs().max() for p in own) < 0.5 and own[0].std() > 0.01
 
 
@@ -394,7 +412,7 @@ def encoder_layer():
     return nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
 
 
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("cls", ADAPTERS)
 def test_an_owner_that_reads_the_weight_trains_and_evaluates_with_dW(cls):
     """nn.TransformerEncoderLayer calls linear1 and linear2 while training, and reads them in evaluation. Its attention
     reads out_proj always."""
@@ -402,7 +420,7 @@ def test_an_owner_that_reads_the_weight_trains_and_evaluates_with_dW(cls):
     model = randomise(apply_adapters(encoder_layer(), targets, cls), std=0.1)
     y = model.train()(x)
     y.square().mean().backward()
-    assert len(gradients(model)) == (12 if cls is DualLoRALinear else 6) and all(g.any() for g in gradients(model))
+    assert len(gradients(model)) == (12 if cls is DualLoRA else 6) and all(g.any() for g in gradients(model))
     with torch.no_grad():
         fast, slow = model.eval()(x), model.train()(x)
         with merged(model):
@@ -415,21 +433,21 @@ def test_an_owner_that_reads_the_weight_trains_and_evaluates_with_dW(cls):
 
 def test_weight_reads_the_sum_in_the_bases_dtype_and_layout_with_its_gradient_and_w0_keeps_its_name():
     Conv1D = pytest.importorskip("transformers").pytorch_utils.Conv1D
-    layer = randomise(DualLoRALinear(Conv1D(24, 32).bfloat16()))  # weight (32, 24)
-    W0 = dict(layer.named_parameters())["weight"]
+    layer = randomise(adapted(Conv1D(24, 32).bfloat16()))  # weight (32, 24)
+    W0 = layer.W0
     assert layer.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.weight, (W0 + layer.delta_weight().t()).bfloat16())
+    assert torch.equal(layer.weight, (W0 + layer.adapter.delta_weight().t()).bfloat16())
     layer.weight.float().square().sum().backward()
-    assert all(g.any() for g in gradients(layer)) and torch.equal(layer.state_dict()["weight"], W0)
+    assert all(g.any() for g in gradients(layer)) and torch.equal(layer.state_dict()["W0"], W0)
 
 
 def test_an_error_in_a_method_of_ones_own_is_not_taken_for_a_missing_attribute():
-    class Broken(LoRALinear):
+    class Broken(LoRA):
         def delta_weight(self):
             return self.no_such_name
 
     with pytest.raises(RuntimeError, match="no_such_name"):
-        Broken(nn.Linear(4, 4)).weight
+        adapted(nn.Linear(4, 4), Broken).weight
 
 
 def test_hooks_and_flags_set_before_and_after_hold_inside_merged_and_on_the_merged_layer_too():
@@ -453,9 +471,9 @@ def test_pefts_parameters_are_not_taken_for_ours_and_a_layer_inside_pefts_is_ref
     with leaves_unchanged(model), pytest.raises(ValueError, match="merge peft's adapter first"):
         apply_adapters(model, ["base_layer"])
     apply_adapters(model, ["down_proj"])
-    assert {name.rpartition(".")[0] for name in trainable(model)} == {"base_model.model.down_proj"}
+    assert {name.rpartition(".lora_")[0] for name in trainable(model)} == {"base_model.model.down_proj.adapter"}
     assert {name.rpartition(".lora_")[0] for name in adapter_state_dict(model) if "lora_" in name} == {
-        "base_model.model.down_proj"}
+        "base_model.model.down_proj.adapter"}
     x = torch.randn(3, 32)
     expected = randomise(model)(x)
     torch.testing.assert_close(merge_adapters(model).merge_and_unload()(x), expected, rtol=1e-3, atol=1e-4)
@@ -537,12 +555,12 @@ def test_hugging_faces_trainer_trains_the_adapters_alone(tmp_path):
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
 
 
-class OwnMethod(LoRALinear):
+class OwnMethod(LoRA):
     """A layer class that dual_lora.py does not know."""
 
 
-@pytest.mark.parametrize("cls, settings", [(DualLoRALinear, {"r1": 2, "r2": 3, "dropout": 0.1}),
-                                           (LoRALinear, {"r": 3}), (OwnMethod, {"r": 3})])
+@pytest.mark.parametrize("cls, settings", [(DualLoRA, {"r1": 2, "r2": 3, "dropout": 0.1}),
+                                           (LoRA, {"r": 3}), (OwnMethod, {"r": 3})])
 def test_a_file_gives_the_same_logits_to_the_bit_on_a_fresh_model_and_only_there(cls, settings, tmp_path):
     model, x, path = adapted_net(cls, **settings).eval(), torch.randn(4, 32), tmp_path / "adapter.pt"
     save_adapter(model, path)
@@ -550,7 +568,7 @@ def test_a_file_gives_the_same_logits_to_the_bit_on_a_fresh_model_and_only_there
     base, state = Net(), torch.random.get_rng_state()
     assert load_adapter(base, path) is base and torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(base.eval()(x), model(x)) and trainable(base) == trainable(model)
-    assert base.up_proj.settings == model.up_proj.settings
+    assert base.up_proj.adapter.settings == model.up_proj.adapter.settings
     with leaves_unchanged(base), pytest.raises(ValueError, match="has an adapter already"):
         load_adapter(base, path)
 
@@ -565,7 +583,7 @@ def test_the_warmups_factor_and_running_statistics_are_in_the_file(tmp_path):
     model.train()(x)
     save_adapter(model, tmp_path / "a.pt")
     again = load_adapter(net(), tmp_path / "a.pt")
-    assert again[0].warmup == 0.25 and torch.equal(again.eval()(x), model.eval()(x))
+    assert again[0].adapter.warmup == 0.25 and torch.equal(again.eval()(x), model.eval()(x))
 
 
 def test_state_dict_alone_restores_a_layer_that_was_made_on_the_meta_device():
@@ -580,8 +598,8 @@ def test_state_dict_alone_restores_a_layer_that_was_made_on_the_meta_device():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda layers, state: state.pop("down_proj.lora_B"), "lacks 'down_proj.lora_B'"),
-    (lambda layers, state: state.pop("up_proj.warmup"), "lacks 'up_proj.warmup'"),
+    (lambda layers, state: state.pop("down_proj.adapter.lora_B"), "lacks 'down_proj.adapter.lora_B'"),
+    (lambda layers, state: state.pop("up_proj.adapter.warmup"), "lacks 'up_proj.adapter.warmup'"),
     (lambda layers, state: state.update({"other": torch.zeros(1)}), "has 'other'"),
     (lambda layers, state: state.update({"head.weight": torch.zeros(4, 32)}), r"\[4, 32\].*\[3, 32\]"),
     (lambda layers, state: layers.update(gate_proj=layers.pop("up_proj")), "gate_proj"),
@@ -592,7 +610,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_the_model_left_alon
     model, path = adapted_net(), tmp_path / "adapter.pt"
     save_adapter(model, path)
     content, base = torch.load(path, weights_only=True), Net()
-    change(content["layers"], content["state"])
+    change(content["adapters"], content["state"])
     torch.save(content, path)
     with leaves_unchanged(base), pytest.raises(ValueError, match=words) as error:
         load_adapter(base, path)
@@ -625,18 +643,18 @@ def test_a_write_error_leaves_the_old_file_and_another_processes_half_one(tmp_pa
 # ---- Merging, and the file itself ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("cls", ADAPTERS)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_merging_leaves_plain_frozen_layers_and_the_sum_rounded_once(cls, base):
     model = randomise(apply_adapters(Net().to(base), ["up_proj"], cls), std=0.02).eval()
-    W0, dW = dict(model.named_parameters())["up_proj.weight"], model.up_proj.delta_weight()
+    W0, dW = model.up_proj.W0, model.up_proj.adapter.delta_weight()
     assert merge_adapters(model) is model and list(model.state_dict()) == list(Net().state_dict())
     plain = model.up_proj
     assert type(plain) is nn.Linear and not plain.training and not plain.weight.requires_grad
     assert torch.equal(plain.weight, (W0.float() + dW).to(base))
 
 
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("cls", ADAPTERS)
 def test_inside_merged_it_is_a_plain_product_the_file_has_the_adapters_and_afterwards_all_is_as_it_was(cls, tmp_path):
     model, x = adapted_net(cls), torch.randn(5, 32)
     before, expected = copy.deepcopy(model.state_dict()), model(x)
@@ -661,13 +679,13 @@ def test_on_a_gpu_w0_waits_in_the_cpus_memory_inside_merged(monkeypatch):
     for name in ("uniform_", "kaiming_uniform_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     with torch._subclasses.fake_tensor.FakeTensorMode():
-        layer = DualLoRALinear(nn.Linear(8, 8, device="cuda"))
-        W0 = dict(layer.named_parameters())["weight"]
+        layer = adapted(nn.Linear(8, 8, device="cuda"))
+        W0 = layer.W0
         memory = StorageWeakRef(W0.untyped_storage())
         with merged(layer):
             assert memory.expired() and layer.weight.device.type == "cuda"
             layer(torch.empty(2, 8, device="cuda"))
-        assert dict(layer.named_parameters())["weight"] is W0
+        assert layer.W0 is W0
 
 
 def readme(opening):
@@ -680,9 +698,9 @@ def readme(opening):
 
 def test_the_readmes_ten_lines_are_the_layer_under_autocast_too():
     names = {"torch": torch, "nn": nn, "F": F, "math": math, "sign_ste": sign_ste}
-    exec(readme("class DualLoRALinear"), names)
-    layer = randomise(DualLoRALinear(nn.Linear(256, 512), r1=8, r2=8))
-    theirs = nn.Module.__new__(names["DualLoRALinear"])
+    exec(readme("class DualLoRA"), names)
+    layer = randomise(adapted(nn.Linear(256, 512), r1=8, r2=8))
+    theirs = nn.Module.__new__(names["DualLoRA"])
     theirs.__dict__.update(layer.__dict__, W0=dict(layer.named_parameters())["weight"])
     set_warmup(layer, 0.5)
     x, found = torch.randn(64, 256), []

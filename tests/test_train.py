@@ -20,7 +20,7 @@ import train
 from data.download import cache_dir
 from data.tasks import load_task
 from data.tokenizer import Tokenizer, byte_alphabet
-from dual_lora import DualLoRALinear
+from dual_lora import AdaptedLinear
 from model import read_config
 
 CPU = torch.device("cpu")
@@ -485,7 +485,7 @@ def test_the_factor_on_dw_grows_to_1_and_no_step_is_spent_at_0(steps, factors, t
     seen = []
 
     def look(layer, inputs):
-        if isinstance(layer, DualLoRALinear) and layer.training:
+        if isinstance(layer, AdaptedLinear) and layer.training:
             seen.append(layer.warmup.item())
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)

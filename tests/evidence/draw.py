@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dual_lora import DualLoRALinear, LoRALinear, read_adapter, sign_ste  # noqa: E402
+from dual_lora import DualLoRA, LoRA, read_adapter, sign_ste  # noqa: E402
 
 CORNER = 48  # rows and columns that a heat map shows: more would be finer than a README can show
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -49,25 +48,24 @@ def pyplot():
 # ---- How dW comes about ----------------------------------------------------------------------------------------------
 
 
-def read_layer(run, cls, name=None):
-    """(name, layer) of a run's adapter.pt, around W0 = 0, which dW does not depend on. No name: the middle one."""
+def read_dW(run, cls, name=None):
+    """(name, adapter) of one layer, from a run's adapter.pt. No name: the middle one."""
     path = Path(run) / "adapter.pt"
-    layers, state = read_adapter(path)
-    names = [name for name, (kind, _) in layers.items() if kind is cls]
+    adapters, state = read_adapter(path)
+    names = [name for name, (kind, _) in adapters.items() if kind is cls]
     name = name or (names[len(names) // 2] if names else None)
     if name not in names:
         raise ValueError(f"{path} has no {cls.__name__} {name or ''}: choose from {', '.join(names) or 'nothing'}")
-    own = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.lora_")}
-    n_in, n_out = own["lora_A"].shape[1], own["lora_B"].shape[0]
-    layer = cls(nn.Linear(n_in, n_out, bias=False), **layers[name][1])
-    layer.load_state_dict(own, strict=False)
-    return name, layer
+    own = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.adapter.")}
+    adapter = cls(len(own["lora_B"]), own["lora_A"].shape[1], **adapters[name][1])
+    adapter.load_state_dict(own)
+    return name, adapter
 
 
 @torch.no_grad()
 def draw_dW(plt, path, run_dual, run_lora, name=None):
-    name, dual = read_layer(run_dual, DualLoRALinear, name)
-    _, lora = read_layer(run_lora, LoRALinear, name)
+    name, dual = read_dW(run_dual, DualLoRA, name)
+    _, lora = read_dW(run_lora, LoRA, name)
     dW, BA = dual.delta_weight(), lora.delta_weight()
     W_m = dual.scaling * (dual.lora_B @ dual.lora_A).relu()
     W_d = sign_ste(dual.lora_D @ dual.lora_C)

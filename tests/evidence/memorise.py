@@ -24,16 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from compare import commit, table  # noqa: E402
 from draw import COLOURS, MARKERS, pyplot, save  # noqa: E402
-from dual_lora import DualLoRALinear, LoRALinear  # noqa: E402
+from dual_lora import DualLoRA, LoRA  # noqa: E402
 from methods import LoHa, NoReLU, NoSign  # noqa: E402
 
 
-class Annealed(DualLoRALinear):
+class Annealed(DualLoRA):
     """Dual LoRA trained with tanh(beta DC / std(DC)) in the sign's place, where `recall` raises beta from 1 to 1,000.
     What it recalls is asked of the true sign, with beta None. It tells what dW cannot hold from what the straight-
     through gradient does not find."""
@@ -47,7 +46,7 @@ class Annealed(DualLoRALinear):
         return self.scaling * (self.lora_B @ self.lora_A).relu() * torch.tanh(self.beta * DC / DC.std())
 
 
-ADAPTERS = {"lora": LoRALinear, "dual_lora": DualLoRALinear, "annealed": Annealed, "no_sign": NoSign,
+ADAPTERS = {"lora": LoRA, "dual_lora": DualLoRA, "annealed": Annealed, "no_sign": NoSign,
             "no_relu": NoReLU, "loha": LoHa}
 # label: method, r1 and r2 (LoRA has one rank, their sum), steps, and the keys, in widths, by which settings are chosen
 LINES = {
@@ -72,10 +71,10 @@ def recall(run):
     n, width, steps = run["n"], run["width"], run["steps"]
     W0 = torch.randn(width, width) / math.sqrt(width)
     keys, classes = torch.randn(n, width), torch.randint(width, (n,))
-    linear, r1, r2 = nn.Linear(width, width, bias=False), run["r1"], run["r2"]
+    r1, r2 = run["r1"], run["r2"]
     settings = {"r": r1 + r2} if run["method"] == "lora" else {"r1": r1, "r2": r2, "init_std": run["init_std"]}
-    adapter = ADAPTERS[run["method"]](linear, alpha=run["alpha"], **settings)
-    optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=run["rate"], fused=True)
+    adapter = ADAPTERS[run["method"]](width, width, alpha=run["alpha"], **settings)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=run["rate"], fused=True)
     rise = steps // 20
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = run["rate"] * min((step + 1) / rise, (steps - step) / (steps - rise))
