@@ -1,15 +1,14 @@
 """How much can an update hold? Random associations in one layer, learnt by heart.
 
-    python tests/evidence/memorise.py                        # the figure: pictures/memorise.png
+    python tests/evidence/memorise.py                        # the figure
     python tests/evidence/memorise.py --width=256 --lines="LoRA, r = 4;Dual LoRA, 4 + 4" --counts=3,4
 
 W0 is a random square matrix of --width. Each of N random keys gets one of `width` classes at random; the logits of a
 key x are (W0 + dW) x. Adam fits dW to all keys at once. There is nothing to generalise: the share of the keys whose
 class is recalled in the end says how much dW holds, or at least how much training gets into it.
 
-For each line of the figure the learning rate and init_std (for LoRA the rate and alpha) are the best of a grid, by a
-seed that is not shown. The three parts, no Sign, no ReLU and LoHa, start with a dW of Dual LoRA's norm.
-Every run is a line of --out_dir/runs.jsonl and is not made again.
+For each line the learning rate and init_std (for LoRA the rate and alpha) are the best of a grid, by a seed that is
+not shown. Every run is a line of --out_dir/runs.jsonl and is not made again.
 """
 import argparse
 import concurrent.futures
@@ -46,18 +45,18 @@ class Annealed(DualLoRA):
         return self.scaling * (self.lora_B @ self.lora_A).relu() * torch.tanh(self.beta * DC / DC.std())
 
 
-ADAPTERS = {"lora": LoRA, "dual_lora": DualLoRA, "annealed": Annealed, "no_sign": NoSign,
-            "no_relu": NoReLU, "loha": LoHa}
-# label: method, r1 and r2 (LoRA has one rank, their sum), steps, and the keys, in widths, by which settings are chosen
+ADAPTERS = {"lora": LoRA, "dual_lora": DualLoRA, "annealed": Annealed, "no_sign": NoSign, "no_relu": NoReLU,
+            "loha": LoHa}  # no Sign, no ReLU and LoHa start with a dW of Dual LoRA's norm
+# label: method, r1 and r2 (LoRA has one rank, their sum), and N, in widths, by which the settings are chosen
 LINES = {
-    "LoRA, r = 8": ("lora", 4, 4, 1500, 6),
-    "LoRA, r = 4": ("lora", 2, 2, 1500, 3.5),
-    "Dual LoRA, 4 + 4": ("dual_lora", 4, 4, 1500, 3),
-    "Dual LoRA, 8 + 8": ("dual_lora", 8, 8, 1500, 5),
-    "no Sign, 4 + 4": ("no_sign", 4, 4, 1500, 5),
-    "LoHa, 4 + 4": ("loha", 4, 4, 1500, 6),
-    "no ReLU, 4 + 4": ("no_relu", 4, 4, 1500, 3),
-    "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 3000, 3.5),
+    "LoRA, r = 8": ("lora", 4, 4, 6),
+    "LoRA, r = 4": ("lora", 2, 2, 3.5),
+    "Dual LoRA, 4 + 4": ("dual_lora", 4, 4, 3),
+    "Dual LoRA, 8 + 8": ("dual_lora", 8, 8, 5),
+    "no Sign, 4 + 4": ("no_sign", 4, 4, 5),
+    "LoHa, 4 + 4": ("loha", 4, 4, 6),
+    "no ReLU, 4 + 4": ("no_relu", 4, 4, 3),
+    "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 3.5),
 }
 RATES, STARTS, ALPHAS = (0.016, 0.064, 0.256), (0.03, 0.1, 0.3, 1.0), (4, 16, 64)
 GRID_SEED, SEEDS = 1000, (0, 1, 2)
@@ -111,8 +110,8 @@ def key(run):
 def best_settings(args):
     """{label: settings}, each the best of the grid by one run a setting."""
     runs = {}
-    for label, (method, r1, r2, _, count) in args.lines.items():
-        of_line = dict(method=method, r1=r1, r2=r2, n=round(count * args.width), width=args.width, steps=1500,
+    for label, (method, r1, r2, count) in args.lines.items():
+        of_line = dict(method=method, r1=r1, r2=r2, width=args.width, steps=1500, n=round(count * args.width),
                        seed=GRID_SEED)
         choices = [(alpha, None) for alpha in ALPHAS] if method == "lora" else [(args.alpha, std) for std in STARTS]
         runs[label] = [dict(of_line, alpha=alpha, init_std=std, rate=rate)
@@ -121,7 +120,7 @@ def best_settings(args):
     best = {}
     for label, of_line in runs.items():
         share, _, run = max((next(shares), -i, run) for i, run in enumerate(of_line))
-        best[label] = {name: run[name] for name in ("method", "r1", "r2", "width", "alpha", "init_std", "rate")}
+        best[label] = run | {"steps": args.steps}
         print(f"{label}: alpha {run['alpha']:g}, init_std {run['init_std']}, rate {run['rate']}: "
               f"{share:.2f} of {run['n']}", flush=True)
     return best
@@ -130,8 +129,7 @@ def best_settings(args):
 def measure(settings, counts, args):
     """{label: {N: [the share recalled, for each seed]}}, printed as a table too."""
     counts = [round(count * args.width) for count in counts]
-    runs = [dict(of_line, steps=LINES[label][3] if label in LINES else 1500, n=n, seed=seed)
-            for label, of_line in settings.items() for n in counts for seed in SEEDS]
+    runs = [dict(of_line, n=n, seed=seed) for of_line in settings.values() for n in counts for seed in SEEDS]
     shares = iter(all_recalled(runs, args))
     points = {label: {n: [next(shares) for _ in SEEDS] for n in counts} for label in settings}
     rows = [[label, *(f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in of_line.values())]
@@ -167,6 +165,7 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--alpha", type=float, default=16.0, help="of all but LoRA")
+    parser.add_argument("--steps", type=int, default=1500, help="of what is shown; settings are chosen at 1,500")
     parser.add_argument("--lines", help="labels of LINES, with ; between them: a table alone")
     parser.add_argument("--counts", default="2,2.5,3,3.5,4,5,6", help="numbers of associations, in widths")
     parser.add_argument("--jobs", type=int, default=2)
