@@ -12,7 +12,6 @@ not shown. Every run is a line of --out_dir/runs.jsonl and is not made again.
 """
 import argparse
 import concurrent.futures
-import itertools
 import json
 import math
 import statistics
@@ -32,9 +31,8 @@ from methods import LoHa, NoReLU, NoSign  # noqa: E402
 
 
 class Annealed(DualLoRA):
-    """Dual LoRA trained with tanh(beta DC / std(DC)) in the sign's place, where `recall` raises beta from 1 to 1,000.
-    What it recalls is asked of the true sign, with beta None. It tells what dW cannot hold from what the straight-
-    through gradient does not find."""
+    """Dual LoRA trained with tanh(beta DC / std(DC)) in the sign's place; asked with the true sign, beta None. It tells
+    what dW cannot hold from what the straight-through gradient does not find."""
 
     beta = None
 
@@ -58,7 +56,7 @@ LINES = {
     "no ReLU, 4 + 4": ("no_relu", 4, 4, 3),
     "Dual LoRA, 4 + 4, annealed sign": ("annealed", 4, 4, 3.5),
 }
-RATES, STARTS, ALPHAS = (0.016, 0.064, 0.256), (0.03, 0.1, 0.3, 1.0), (4, 16, 64)
+RATES, STARTS, ALPHAS = (0.016, 0.064, 0.256), (0.03, 0.1, 0.3, 1.0), (4, 16, 64, 256)
 GRID_SEED, SEEDS = 1000, (0, 1, 2)
 
 
@@ -67,18 +65,16 @@ def recall(run):
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what is learnt has tiny gradients, and denormal numbers are slow
     torch.manual_seed(run["seed"])
-    n, width, steps = run["n"], run["width"], run["steps"]
+    n, width, steps, r1, r2 = (run[name] for name in ("n", "width", "steps", "r1", "r2"))
     W0 = torch.randn(width, width) / math.sqrt(width)
     keys, classes = torch.randn(n, width), torch.randint(width, (n,))
-    r1, r2 = run["r1"], run["r2"]
     settings = {"r": r1 + r2} if run["method"] == "lora" else {"r1": r1, "r2": r2, "init_std": run["init_std"]}
     adapter = ADAPTERS[run["method"]](width, width, alpha=run["alpha"], **settings)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=run["rate"], fused=True)
     rise = steps // 20
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = run["rate"] * min((step + 1) / rise, (steps - step) / (steps - rise))
-        if run["method"] == "annealed":  # the last 30 % of the steps at 1,000
-            adapter.beta = 1000 ** min(1, step / (0.7 * steps))
+        adapter.beta = 1000 ** min(1, step / (0.7 * steps))  # of the annealed sign: from 1 to 1,000
         loss = F.cross_entropy(keys @ (W0 + adapter.delta_weight()).t(), classes)
         optimizer.zero_grad()
         loss.backward()
@@ -90,74 +86,66 @@ def recall(run):
 
 def all_recalled(runs, args):
     """The shares of `runs`, in order. Those that are not in runs.jsonl are made and added."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "runs.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {key(line): line["recalled"] for line in lines}
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {key(line): line["recalled"] for line in done}
     todo = [run for run in runs if key(run) not in known]
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool, open(path, "a") as file:
         for run, share in zip(todo, pool.map(recall, todo)):
             known[key(run)] = share
-            file.write(json.dumps({**run, "recalled": share, "commit": commit()}) + "\n")
-            file.flush()
+            print(json.dumps({**run, "recalled": share, "commit": commit()}), file=file, flush=True)
     return [known[key(run)] for run in runs]
 
 
 def key(run):
-    return json.dumps({name: run[name] for name in sorted(run) if name not in ("recalled", "commit")})
+    return tuple(sorted((name, value) for name, value in run.items() if name not in ("recalled", "commit")))
 
 
-def best_settings(args):
-    """{label: settings}, each the best of the grid by one run a setting."""
-    runs = {}
-    for label, (method, r1, r2, count) in args.lines.items():
+def best_settings(lines, args):
+    """{label: the best run of the grid}"""
+    best = {}
+    for label, (method, r1, r2, count) in lines.items():
         of_line = dict(method=method, r1=r1, r2=r2, width=args.width, steps=1500, n=round(count * args.width),
                        seed=GRID_SEED)
         choices = [(alpha, None) for alpha in ALPHAS] if method == "lora" else [(args.alpha, std) for std in STARTS]
-        runs[label] = [dict(of_line, alpha=alpha, init_std=std, rate=rate)
-                       for (alpha, std), rate in itertools.product(choices, RATES)]
-    shares = iter(all_recalled(list(itertools.chain(*runs.values())), args))
-    best = {}
-    for label, of_line in runs.items():
-        share, _, run = max((next(shares), -i, run) for i, run in enumerate(of_line))
-        best[label] = run | {"steps": args.steps}
+        runs = [dict(of_line, alpha=alpha, init_std=std, rate=rate) for alpha, std in choices for rate in RATES]
+        shares = all_recalled(runs, args)
+        best[label] = run = runs[shares.index(max(shares))]
         print(f"{label}: alpha {run['alpha']:g}, init_std {run['init_std']}, rate {run['rate']}: "
-              f"{share:.2f} of {run['n']}", flush=True)
+              f"{max(shares):.2f} of {run['n']}", flush=True)
     return best
 
 
 def measure(settings, counts, args):
     """{label: {N: [the share recalled, for each seed]}}, printed as a table too."""
-    counts = [round(count * args.width) for count in counts]
-    runs = [dict(of_line, n=n, seed=seed) for of_line in settings.values() for n in counts for seed in SEEDS]
-    shares = iter(all_recalled(runs, args))
-    points = {label: {n: [next(shares) for _ in SEEDS] for n in counts} for label in settings}
+    points = {label: {} for label in settings}
+    for label, best in settings.items():
+        for n in (round(count * args.width) for count in counts):
+            points[label][n] = all_recalled([dict(best, n=n, seed=seed, steps=args.steps) for seed in SEEDS], args)
     rows = [[label, *(f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in of_line.values())]
             for label, of_line in points.items()]
-    print(table(["recalled of", *map(str, counts)], rows), flush=True)
+    print(table(["recalled of", *map(str, points[label])], rows), flush=True)
     return points
 
 
 def draw(points, divided, path):
     """Left the share recalled over N, with the range of the seeds; right over r1, at one N."""
-    plt = pyplot()
+    plt, ((n, _),) = pyplot(), divided["1"].items()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1), sharey=True, layout="constrained")
     for i, (label, of_line) in enumerate(points.items()):
-        style = dict(color=(COLOURS + ["#888888"])[i], linestyle="-" if i < 4 else "--")
-        left.plot(list(of_line), [statistics.mean(v) for v in of_line.values()], marker=(MARKERS + "*")[i],
-                  markersize=4, linewidth=1.3, label=label, **style)
-        left.fill_between(list(of_line), *zip(*((min(v), max(v)) for v in of_line.values())), alpha=0.15, linewidth=0,
-                          color=style["color"])
+        colour, means = [*COLOURS, "#888888"][i], [statistics.mean(v) for v in of_line.values()]
+        left.plot(list(of_line), means, color=colour, linestyle="-" if i < 4 else "--", marker=f"{MARKERS}*"[i],
+                  markersize=4, linewidth=1.3, label=label)
+        left.fill_between(list(of_line), *zip(*((min(v), max(v)) for v in of_line.values())), alpha=0.15, color=colour,
+                          linewidth=0)
+        if i < 2:
+            right.axhline(statistics.mean(of_line[n]), color=colour, linestyle=":", label=label)
+    right.plot(list(map(int, divided)), [statistics.mean(of_r1[n]) for of_r1 in divided.values()], marker=MARKERS[2],
+               color=COLOURS[2])
     left.set(xlabel="associations to learn", ylabel="share recalled", ylim=(0, 1.03))
     left.legend(fontsize=7, loc="lower left")
-    (n,) = divided["1"]
-    right.plot([int(r1) for r1 in divided], [statistics.mean(of_r1[n]) for of_r1 in divided.values()], marker="d",
-               color=COLOURS[2])
-    for i, label in enumerate(list(points)[:2]):
-        level = statistics.mean(points[label][n])
-        right.axhline(level, color=COLOURS[i], linewidth=1, linestyle=":")
-        right.text(7, level - 0.05, label, ha="right", fontsize=7, color=COLOURS[i])
-    right.set(title=f"{n} associations", xlabel="r1, with r1 + r2 = 8")
+    right.set(title=f"Dual LoRA, {n} associations", xlabel="r1, with r1 + r2 = 8")
     save(plt, figure, path)
 
 
@@ -167,14 +155,14 @@ def main(arguments):
     parser.add_argument("--alpha", type=float, default=16.0, help="of all but LoRA")
     parser.add_argument("--steps", type=int, default=1500, help="of what is shown; settings are chosen at 1,500")
     parser.add_argument("--lines", help="labels of LINES, with ; between them: a table alone")
-    parser.add_argument("--counts", default="2,2.5,3,3.5,4,5,6", help="numbers of associations, in widths")
+    parser.add_argument("--counts", default="2.5,3,3.5,4,5,6", help="numbers of associations, in widths")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out_dir", type=Path, default=Path("out/memorise"))
     args = parser.parse_args(arguments)
-    whole, args.lines = not args.lines, {label: LINES[label] for label in (args.lines or ";".join(LINES)).split(";")}
-    settings = best_settings(args)
+    labels = args.lines.split(";") if args.lines else LINES
+    settings = best_settings({label: LINES[label] for label in labels}, args)
     points = measure(settings, [float(count) for count in args.counts.split(",")], args)
-    if whole:  # how the parameters are divided, at the settings of 4 + 4
+    if not args.lines:  # how the parameters are divided, at the settings of 4 + 4
         divided = {str(r1): dict(settings["Dual LoRA, 4 + 4"], r1=r1, r2=8 - r1) for r1 in range(1, 8)}
         draw(points, measure(divided, [4], args), args.out_dir / "memorise.png")
 
