@@ -1,4 +1,5 @@
-"""tests/evidence on tiny sizes: methods and report, the comparison's choices and table, fits, pictures, benchmark."""
+"""tests/evidence on tiny sizes: methods and report, comparison, associations, fits, pictures, benchmark."""
+import concurrent.futures
 import copy
 import json
 import sys
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "evidence"))
 import benchmark  # noqa: E402
 import compare  # noqa: E402
 import draw  # noqa: E402
+import memorise  # noqa: E402
 import represent  # noqa: E402
 import train  # noqa: E402
 from dual_lora import (DualLoRA, LoRA, adapter_state_dict, apply_adapters, load_adapter, merge_adapters,  # noqa: E402
@@ -184,6 +186,44 @@ def test_the_table_says_what_was_compared(compared):
     assert "mean |" not in text, "of one task"
 
 
+# ---- memorise.py -----------------------------------------------------------------------------------------------------
+
+
+def test_few_associations_are_recalled_and_many_are_not():
+    run = dict(method="dual_lora", r1=2, r2=2, width=16, steps=200, alpha=16, init_std=0.1, rate=0.03, seed=0)
+    few, many = (memorise.recall({**run, "n": n}) for n in (8, 256))
+    assert few == 1 and 1 / 16 < many < 0.5
+    assert memorise.recall({**run, "method": "lora", "n": 8}) == 1
+
+
+def test_the_annealed_sign_ends_as_the_true_one():
+    adapter = memorise.Annealed(12, 10, r1=2, r2=2, init_std=1.0)
+    hard = adapter.delta_weight()
+    adapter.beta = 1e6
+    torch.testing.assert_close(adapter.delta_weight(), hard)
+    adapter.beta = 1.0
+    assert adapter.delta_weight().norm() < hard.norm()
+
+
+def test_the_best_setting_of_the_grid_is_shown_with_other_seeds_and_runs_are_kept(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    made = []
+
+    def recall(run):
+        made.append(run)
+        return 1 - abs(run["rate"] - 0.064) - run["n"] / 1e4
+
+    monkeypatch.setattr(memorise, "recall", recall)
+    monkeypatch.setattr(memorise.concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    memorise.main([f"--out_dir={tmp_path}", "--width=16", "--counts=2,4"])
+    shown = [run for run in made if run["seed"] != memorise.GRID_SEED]
+    assert {run["rate"] for run in shown} == {0.064} and {run["seed"] for run in shown} == set(memorise.SEEDS)
+    assert (tmp_path / "memorise.png").exists()
+    first = len(made)
+    memorise.main([f"--out_dir={tmp_path}", "--width=16", "--counts=2,4"])
+    assert len(made) == first
+
+
 # ---- represent.py and draw.py ----------------------------------------------------------------------------------------
 
 
@@ -213,7 +253,8 @@ def test_the_picture_of_dW_is_drawn_from_two_adapter_files(tmp_path):
 def test_curves_and_seeds_are_drawn_from_runs_without_those_that_diverged(tmp_path, kind):
     pytest.importorskip("matplotlib")
     runs = [{"task": task, "method": method, "learning_rate": rate, "seed": seed,
-             "held_out": kind in ("rates", "learnt"), "metric": "accuracy", "value": 0.5 + rate, "curve": [[1, 0.5], [2, 0.6 + rate]], "options": {"seed": seed}}
+             "held_out": kind in ("rates", "learnt"), "metric": "accuracy", "value": 0.5 + rate,
+             "curve": [[1, 0.5], [2, 0.6 + rate]], "options": {"seed": seed}}
             for task in ("cola", "stsb") for method in ("lora", "dual_lora") for rate in (1e-3, 2e-3)
             for seed in (0, 1)]
     diverged = {**runs[0], "value": None}
