@@ -28,24 +28,24 @@ One step of SGD at a rate of 0.2, and LoRA's from the same B and A (`python dual
     BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]     LoRA's dW = [ 2 -1], then [ 1.8 -0.9]
          [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]                 [-2  1]       [-2.2  1.1]
 
-LoRA's first column falls and its second rises, since one row of A, [2 -1], serves both. Of Dual LoRA's entries, -1 became
--1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero there, and the sign turned, a jump by
-twice the size. The zeros stay: the ReLU passes them no gradient. One comes alive when other entries' gradients have moved
-its row of B or column of A far enough.
+LoRA's first column falls and its second rises, since one row of A, [2 -1], serves both. Of Dual LoRA's entries, -1
+became -1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero there, and the sign turned, a
+jump by twice the size. The zeros stay: the ReLU passes them no gradient. A zero comes alive when the gradients of other
+entries have moved its row of B or its column of A far enough.
 
-Step 0. LoRA starts with B = 0, so that dW = 0. Here that would be the end: the ReLU passes no gradient at 0, and none of
-the four would ever move. So A and B start random. C and D start random for another reason: with D = 0 it would learn, but
-from signs that are all -1. dW is then not zero, and half of its entries are active. A factor on it grows from 0 to 1 over
-the first steps (set_warmup; without a call it is 1).
+Step 0. LoRA starts with B = 0, so that dW = 0. Here that would be the end: the ReLU passes no gradient at 0, and none
+of the four would ever move. So A and B start random. With D = 0 it would learn, but all signs would start as -1. So C
+and D start random too. dW is then not zero: half of its entries are active. A factor on it grows from 0 to 1 over the
+first steps (set_warmup; without a call it is 1).
 
-How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW start
-with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std so that
-this is 1 to 20 % of W0's root mean square; the default gives a few percent at usual weights. Search the learning rate,
-from LoRA's on. Use a mean loss and no float16 loss scaler: the sign's gradient is clipped by value. Divide r evenly.
+How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW
+start with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std
+for 1 to 20 % of W0's root mean square; 0.02 gives a few percent at usual weights. Search the learning rate, from LoRA's
+on. Use a mean loss and no float16 loss scaler: the sign's gradient is clipped by value.
 
 How many steps turn a sign. An entry of DC has deviation sqrt(r2) init_std^2. A step of Adam moves each factor by about
-lr, so DC by about lr init_std sqrt(2 r2). It takes some init_std / lr steps: after as many, under a constant gradient, a
-third of all signs have turned, whatever r2, init_std and lr are (42 % for r2 = 1).
+the rate lr, so DC by about lr init_std sqrt(2 r2). So it takes about init_std / lr steps: after as many, under a
+constant gradient, a third of all signs have turned, whatever r2, init_std and lr are (42 % for r2 = 1).
 
                     the paper                                        this file
     formula         dW, Sign(0) = -1, the clip, r1 = r2 = r / 2      the same
@@ -66,8 +66,8 @@ third of all signs have turned, whatever r2, init_std and lr are (42 % for r2 = 
     save_adapter(model, "adapter.pt")                                 # load_adapter(fresh_model, "adapter.pt")
     merge_adapters(model)                                             # plain layers again, with W0 + dW
 
-ReLU and Sign act on every entry, so dW is not of low rank. It is not more expressive for that: it has as few parameters.
-What was measured against LoRA is in the README. Needs torch 2.6 or newer.
+ReLU and Sign act on every entry, so dW is not of low rank. That alone does not make it more expressive: it has as few
+parameters. What was measured against LoRA is in the README. Needs torch 2.6 or newer.
 """
 import contextlib
 import math
@@ -91,7 +91,7 @@ def sign_(x):
 
 class SignSTE(torch.autograd.Function):
     """Sign(x), any shape. Its true derivative is zero, and nothing would learn. So the gradient goes straight through,
-    clipped to [-1, 1] by value as in the paper. A sum in the loss, or a float16 loss scaler, would make the clip act."""
+    clipped to [-1, 1] by value as in the paper. A summed loss or a float16 loss scaler makes the clip act."""
 
     @staticmethod
     def forward(ctx, x):
@@ -125,18 +125,15 @@ class DualLoRA(nn.Module):
         with in_float32(self.lora_A):
             W_m = (self.lora_B @ self.lora_A).relu()
             W_d = sign_ste(self.lora_D @ self.lora_C)
-            return self.scale() * (W_m * W_d)
-
-    def scale(self):
-        """The factor times alpha / sqrt(r1 r2), a scalar tensor."""
-        return self.warmup.to(self.lora_A.dtype) * self.scaling
+            return self.warmup.to(W_m.dtype) * self.scaling * (W_m * W_d)
 
     def forward(self, x, W0, bias=None):
         """x (..., in), W0 (out, in) -> F.linear(x, W0 + dW, bias) (..., out), gradients included. It keeps no dW.
 
         Dropout acts on x in front of dW alone, which takes five large products instead of three.
         """
-        factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D, self.scale()
+        s = self.warmup.to(self.lora_A.dtype) * self.scaling
+        factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D, s
         if self.training and self.dropout > 0:
             return F.linear(x, W0, bias) + DualLinear.apply(F.dropout(x, self.dropout), None, None, *factors)
         return DualLinear.apply(x, W0, bias, *factors)
@@ -148,8 +145,8 @@ class DualLoRA(nn.Module):
 class AdaptedLinear(nn.Linear):
     """The linear layer that was there, with another class (see adapt): x (..., in) -> adapter(x, W0, bias) (..., out).
 
-    W0 is the pre-trained weight, the same Parameter. `weight` is no parameter but reads W0 + dW, for a module that takes
-    the weight of its child and never calls it, such as nn.MultiheadAttention.
+    W0 is the pre-trained weight, the same Parameter. `weight` is no parameter: it reads W0 + dW, for a module that
+    takes the weight of its child and never calls it, such as nn.MultiheadAttention.
     """
 
     merged_weight = None  # W0 + dW inside `merged`
@@ -171,7 +168,7 @@ class AdaptedLinear(nn.Linear):
         return self.out_in(W).to(self.W0.dtype)
 
     def out_in(self, weight):
-        """A weight as (out, in), a view where the layer was Hugging Face's Conv1D, which has it as (in, out); and back."""
+        """A weight as (out, in), and back: a view where the layer was Hugging Face's Conv1D, which has (in, out)."""
         return weight if issubclass(self.plain_class, nn.Linear) else weight.t()
 
     def __getstate__(self):
@@ -190,16 +187,19 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(linear, adapter):
-    """Put `adapter` into `linear`, and return linear. It stays the object that it was, hooks and flags included.
+    """Put `adapter` into `linear`, and return linear: the same object, with its hooks and flags.
 
     An adapter of your own is an nn.Module made by YourClass(out_features, in_features, **settings), with
     delta_weight(), forward(x, W0, bias), and for save_adapter a dict `settings` of plain numbers.
     """
-    move(adapter.train(linear.training), linear.weight.device)
+    for module in adapter.train(linear.training).modules():  # adapter.to(device) would refuse fake tensors
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            moved = t.detach().to(linear.weight.device)
+            setattr(module, name, nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved)
     plain_class, linear.__class__ = type(linear), AdaptedLinear
     linear.plain_class, linear.adapter = plain_class, adapter
-    rename_parameter(linear, "weight", "W0")
-    linear.out_features, linear.in_features = linear.out_in(linear.W0).shape  # a Conv1D has none
+    linear._parameters = {"W0" if name == "weight" else name: p for name, p in linear._parameters.items()}
+    linear.out_features, linear.in_features = linear.out_in(linear.W0).shape  # a Conv1D has no such numbers
     if hasattr(adapter, "attach"):
         adapter.attach(linear)  # for a method whose dW depends on W0, such as DoRA
     return linear
@@ -207,27 +207,12 @@ def adapt(linear, adapter):
 
 def restore(linear):
     """The opposite of adapt: the plain layer with W0, as if nothing had been; returns linear."""
-    del linear.adapter
-    rename_parameter(linear, "W0", "weight")
     linear.__class__ = linear.plain_class
+    linear._parameters = {"weight" if name == "W0" else name: p for name, p in linear._parameters.items()}
     if not isinstance(linear, nn.Linear):
         del linear.out_features, linear.in_features
-    del linear.plain_class
+    del linear.plain_class, linear.adapter
     return linear
-
-
-def move(adapter, device):
-    """adapter.to(device), which torch refuses for fake tensors, the ones that memory is counted with."""
-    for module in adapter.modules():
-        for name, p in module._parameters.items():
-            module._parameters[name] = p if p is None else nn.Parameter(p.detach().to(device), p.requires_grad)
-        for name, b in module._buffers.items():
-            module._buffers[name] = b if b is None else b.to(device)
-
-
-def rename_parameter(module, old, new):
-    """In place, at the same position, without the checks of nn.Module."""
-    module._parameters = {new if name == old else name: p for name, p in module._parameters.items()}
 
 
 # ---- The memory-saving backward pass: the same numbers with less memory. The hard thing in this file. ----------------
@@ -309,7 +294,7 @@ def in_float32(factor):
     """
     refuse_narrow(factor)
     kind = factor.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)  # meta knows no autocast
 
 
 def refuse_narrow(*factors):
@@ -354,22 +339,18 @@ def apply_adapters(model, targets, adapter=DualLoRA, **settings):
     """Freeze `model` and put adapter(out_features, in_features, **settings) into each linear layer in `targets`.
 
     A target is the last component of a module's name, or a dotted end of it: "q_proj", "attn.c_attn". Earlier adapters
-    stay trainable; all else is frozen, a head too, so thaw that afterwards. Returns model. ValueError or TypeError, with
-    the model as it was, for a target that matches no linear layer and a layer that takes no adapter (check_layer).
+    stay trainable; all else is frozen, a head too, so thaw that afterwards. Returns model. ValueError, with the model
+    as it was, for a target that matches no linear layer and a layer that takes no adapter (check_layer).
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    names = list(linear_layers(model))
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    matched = {}
-    for target in targets:
-        found = [name for name in names if f".{name}".endswith(f".{target}")]
-        if not found:
-            raise ValueError(f"target {target!r} matches no linear layer: choose from {known}")
-        matched |= dict.fromkeys(found, (adapter, settings))
-    if not targets:
-        raise ValueError(f"targets is empty: choose from {known}")
-    with all_or_none(model):
-        insert(model, {name: matched[name] for name in names if name in matched})
+    names = [*linear_layers(unwrapped(model))]
+    unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unmatched or not targets:
+        wrong = f"target {unmatched[0]!r} matches no linear layer" if targets else "targets is empty"
+        raise ValueError(f"{wrong}: choose from {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+    ends = tuple(f".{target}" for target in targets)
+    with all_or_none(unwrapped(model)):
+        insert(unwrapped(model), {name: (adapter, settings) for name in names if f".{name}".endswith(ends)})
     return model
 
 
@@ -387,7 +368,10 @@ def set_warmup(model, factor):
 
 def adapter_state_dict(model):
     """{name: tensor}, not copied: the adapters, whatever else is trainable, such as a head, and persistent buffers."""
-    return {plain_name(name): t.detach() for name, t in saved_tensors(model).items()}
+    ours = {f"{name}.adapter.{key}" for name, layer in adapted_layers(model).items()
+            for key in layer.adapter.state_dict()}  # the name alone would not tell: peft has a lora_A too
+    return {plain_name(name): t.detach() for name, t in named_tensors(model).items()
+            if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
 
 
 def save_adapter(model, path):
@@ -395,15 +379,13 @@ def save_adapter(model, path):
 
     A model that is sharded by torch's fully_shard is gathered: every process calls this, and every one writes.
     """
-    layers, tensors = adapted_layers(model), saved_tensors(model)
-    refuse_absent(model, tensors)
-    for layer in layers.values():
+    adapters, state = {}, adapter_state_dict(model)
+    for name, layer in adapted_layers(model).items():
         refuse_narrow(*layer.adapter.parameters())
-    adapters = {plain_name(name): (type(layer.adapter).__name__, layer.adapter.settings)
-                for name, layer in layers.items()}
-    state = {plain_name(name): t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
-             for name, t in tensors.items()}
-    state = {name: t.cpu().clone() for name, t in state.items()}  # a view would take its whole storage along
+        adapters[plain_name(name)] = type(layer.adapter).__name__, layer.adapter.settings
+    refuse_absent(model, {name: t for name, t in named_tensors(model).items() if plain_name(name) in state})
+    for name, t in state.items():
+        state[name] = (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()  # a view's storage is larger
     save_atomically({"adapters": adapters, "state": state}, path)
 
 
@@ -417,19 +399,16 @@ def load_adapter(model, path):
     inner = unwrapped(model)
     adapters, state = read_adapter(path)
     with all_or_none(inner), torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-        for name in adapters:
-            if name not in linear_layers(inner):
-                raise ValueError(f"{path} has an adapter for {name!r}, and this model has no such linear layer")
         try:
             insert(inner, adapters)
-        except TypeError as error:
+        except TypeError as error:  # a setting that the class does not know
             raise ValueError(f"{path}: {error}") from None
         tensors = named_tensors(inner)
-        for name in state.keys() | saved_tensors(inner).keys():
+        for name in state.keys() | adapter_state_dict(inner).keys():
             if name not in state or name not in tensors:
                 raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
             if getattr(state[name], "shape", None) != tensors[name].shape:
-                raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, "
+                raise ValueError(f"{path}: {name!r} has shape {[*getattr(state[name], 'shape', '?')]}, "
                                  f"and {[*tensors[name].shape]} in this model")
         with torch.no_grad():
             for name, value in state.items():
@@ -446,8 +425,7 @@ def merge_adapters(model):
 
     A bfloat16 weight loses changes smaller than its rounding step.
     """
-    layers = adapted_layers(model)
-    refuse_merging(model, layers)
+    layers = mergeable_layers(model)
     if any(layer.merged_weight is not None for layer in layers.values()):
         raise ValueError("the model is inside `merged`: leave that first")
     for layer in layers.values():
@@ -464,9 +442,7 @@ def merged(model):
     GPU W0 waits in the CPU's memory meanwhile, so that the weights are there once. Inside, adapters do not train, and
     what is loaded into them has no effect. Two threads must not enter it on one model.
     """
-    adapted = adapted_layers(model)
-    refuse_merging(model, adapted)
-    layers = [layer for layer in adapted.values() if layer.merged_weight is None]
+    layers = [layer for layer in mergeable_layers(model).values() if layer.merged_weight is None]
     try:
         with torch.inference_mode(False), torch.no_grad():  # a caller's inference mode would taint W0
             for layer in layers:
@@ -501,10 +477,8 @@ def plain_settings(**settings):
 
 
 def cpu_zeros(*shape):
-    """Float32 on the CPU, whatever the defaults are: adapters are drawn there, so that a seed means the same everywhere.
-
-    In-place draws on it replace nn.init, which some loaders switch off.
-    """
+    """Float32, whatever the default is. Adapters are drawn on the CPU, so that a seed means the same on every device,
+    and not by nn.init, which some loaders switch off."""
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
@@ -526,28 +500,29 @@ def all_or_none(model):
 
 def insert(model, plan):
     """Put adapters into the model, plan = {name: (class, settings)}, and freeze all but them and earlier ones."""
-    owners = {}  # {id of a parameter: its names}
+    linears, adapters, owners = linear_layers(model), {}, {}  # owners: {id of a parameter: its names}
     for module_name, module in model.named_modules():
         for name, p in module._parameters.items():
             owners.setdefault(id(p), []).append(f"{module_name}.{name}")
     earlier = {p for m in model.modules() if isinstance(m, AdaptedLinear) for p in m.adapter.parameters()}
-    adapters = {}
     for name, (cls, settings) in plan.items():
+        if name not in linears:
+            raise ValueError(f"{name} is no linear layer of this model")
         check_layer(model, name, owners)
-        linear = model.get_submodule(name)
-        shape = linear.weight.shape
-        adapters[linear] = cls(*(reversed(shape) if is_conv1d(linear) else shape), **settings)
+        shape = linears[name].weight.shape
+        adapters[name] = cls(*(shape if isinstance(linears[name], nn.Linear) else reversed(shape)), **settings)
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in earlier)
-    for linear, adapter in adapters.items():
-        adapt(linear, adapter)
+    for name, adapter in adapters.items():
+        adapt(linears[name], adapter)
 
 
 def check_layer(model, name, owners):
     """Refuse layers that would silently give wrong results: ValueError."""
     linear, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     weight, kind = linear._parameters.get("weight"), type(linear).__name__
-    own_forward = "forward" in vars(linear) or not (is_conv1d(linear) or type(linear).forward is nn.Linear.forward)
+    own_forward = "forward" in vars(linear) or (
+        isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward)
     taken = [own for own in ("W0", "adapter", "plain_class", "__slots__") if hasattr(linear, own)]
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
     shared = owners[id(weight)] if weight is not None else []
@@ -568,6 +543,16 @@ def check_layer(model, name, owners):
 NO_ELEMENTS = "has no elements here, as under DeepSpeed's ZeRO-3: call this inside deepspeed.zero.GatheredParameters"
 
 
+def mergeable_layers(model):
+    """adapted_layers(model). ValueError where W0 or dW is not whole in this process, with the way out."""
+    layers = adapted_layers(model)
+    if any(hasattr(m, "reshard") for m in unwrapped(model).modules()):  # what fully_shard adds
+        raise ValueError("the model is sharded by fully_shard: evaluate without `merged`. To merge, save_adapter, and "
+                         "load_adapter on a model that is not sharded")
+    refuse_absent(model, {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
+    return layers
+
+
 def refuse_absent(model, tensors):
     """ValueError for values that are not in this process, with the way out."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in unwrapped(model).modules()):
@@ -579,23 +564,10 @@ def refuse_absent(model, tensors):
             raise ValueError(f"{name} {NO_ELEMENTS}")
 
 
-def refuse_merging(model, layers):
-    """ValueError where W0 or dW is not whole in this process."""
-    refuse_absent(model, {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
-    if any(hasattr(m, "reshard") for m in unwrapped(model).modules()):  # what fully_shard adds to a module
-        raise ValueError("the model is sharded by fully_shard: evaluate without `merged`. To merge, save_adapter, and "
-                         "load_adapter on a model that is not sharded")
-
-
-def is_conv1d(module):
-    """Whether this is Hugging Face's Conv1D, a linear layer with weight (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def linear_layers(model):
-    """{name: module} of all linear layers, adapted ones too."""
-    modules = unwrapped(model).named_modules()
-    return {name: m for name, m in modules if name and (isinstance(m, nn.Linear) or is_conv1d(m))}
+    """{name: module} of all linear layers, adapted ones and Hugging Face's Conv1D too."""
+    return {name: m for name, m in model.named_modules()
+            if name and (isinstance(m, nn.Linear) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf")))}
 
 
 def adapted_layers(model):
@@ -605,14 +577,6 @@ def adapted_layers(model):
         raise ValueError("the model has no adapters that this dual_lora.py made (a file that is reloaded, or imported "
                          "under two names, does not know its other copy's)")
     return layers
-
-
-def saved_tensors(model):
-    """{name: tensor} of named_tensors that a file holds. A name alone would not tell: peft has a lora_A too."""
-    ours = {f"{name}.adapter.{key}" for name, layer in adapted_layers(model).items()
-            for key in layer.adapter.state_dict()}
-    return {name: t for name, t in named_tensors(model).items()
-            if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
 
 
 def named_tensors(model):
