@@ -198,27 +198,6 @@ def base_model(source, device):
     return model
 
 
-class HuggingFace(nn.Module):
-    """The same model by transformers, with LoRA by peft."""
-
-    def __init__(self, source, rank, device):
-        super().__init__()
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-        causal = source == "smollm2"
-        cls = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        targets = LLAMA_TARGETS if causal else ["query", "value"]
-        self.model = with_peft(cls.from_pretrained(model_folder(source)).to(device), targets, rank)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(p.requires_grad or name.startswith("classifier"))
-
-    def forward(self, idx, targets=None):
-        """As our models: (logits, loss) of a GPT, logits of a classifier."""
-        logits = self.model(idx).logits
-        if targets is None:
-            return logits
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 def build_model(method, base, targets, rank):
     """The method's model: modules of its own around base's weights, with adapters."""
     model = base if method == "full" else copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -243,8 +222,7 @@ class Training:
 
     def __init__(self, model, causal, checkpointing):
         self.model, self.causal = model, causal
-        if not isinstance(model, HuggingFace):
-            getattr(model, "backbone", model).gradient_checkpointing = checkpointing
+        getattr(model, "backbone", model).gradient_checkpointing = checkpointing
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=True)
 
@@ -276,8 +254,6 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device):
     rows, lora = {size: [] for size in sizes}, {}
     for group in (methods, ["full"]):
         models = {method: build_model(method, base, targets, rank) for method in group}
-        if HAS_PEFT and isinstance(source, str) and group is methods and not checkpointing:
-            models["transformers, peft lora"] = HuggingFace(source, rank, device).train()
         trainings = {method: Training(model, isinstance(base, GPT), checkpointing) for method, model in models.items()}
         for size in sizes:
             idx, tokens = torch.randint(vocab_size, size, device=device), size[0] * size[1]
