@@ -104,7 +104,7 @@ class PlainAutograd(DualLoRA):
 
     def forward(self, x, W0, bias=None):
         with in_float32(self.lora_A):
-            sW_m = (self.scale() * self.lora_B @ self.lora_A).relu()
+            sW_m = (self.warmup * self.scaling * self.lora_B @ self.lora_A).relu()
             W = (W0 + sW_m * sign_ste(self.lora_D @ self.lora_C)).to(W0.dtype)
         return F.linear(x, W, bias)
 

@@ -61,7 +61,7 @@ class Ablation(DualLoRA):
         with in_float32(self.lora_A):
             W_m = self.magnitude(self.lora_B @ self.lora_A)
             W_d = self.direction(self.lora_D @ self.lora_C)
-            return self.scale() * W_m * W_d
+            return self.warmup * self.scaling * W_m * W_d
 
     def forward(self, x, W0, bias=None):
         return F.linear(x, (W0 + self.delta_weight()).to(W0.dtype), bias)
@@ -95,7 +95,7 @@ class LoHa(NoReLU, NoSign):
 class RandomStart(Ablation):
     def delta_weight(self):
         r1, r2 = len(self.lora_A), len(self.lora_C)
-        scale = self.scale() * math.sqrt(r1 * r2) / (r1 + r2)  # alpha / r
+        scale = self.warmup * self.scaling * math.sqrt(r1 * r2) / (r1 + r2)  # alpha / r
         with in_float32(self.lora_A):
             return scale * (self.lora_B @ self.lora_A + self.lora_D @ self.lora_C)
 
