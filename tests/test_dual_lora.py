@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import pickle
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -162,6 +163,22 @@ def test_at_factor_zero_the_model_is_the_base_to_the_bit_with_gradients_of_zero_
         y.square().sum().backward()
         assert torch.equal(y, base(x)) == (factor == 0)
         assert [bool(g.any()) for g in gradients(model)] == [factor == 1] * 8
+
+
+@pytest.mark.parametrize("r1, r2, init_std, rate", [(4, 4, 0.02, 1e-3), (2, 16, 0.05, 2e-3)])
+def test_the_docstrings_size_of_dW_and_number_of_steps_that_turn_a_sign(r1, r2, init_std, rate):
+    torch.manual_seed(0)
+    adapter, G = DualLoRA(256, 256, r1, r2, init_std=init_std), torch.randn(256, 256)
+    dW = adapter.delta_weight().detach()
+    assert dW.square().mean().sqrt() == pytest.approx(16 * init_std**2 / math.sqrt(2 * r2), rel=0.1)
+    assert (dW == 0).float().mean() == pytest.approx(0.5, abs=0.02)
+    optimizer = torch.optim.Adam([adapter.lora_C, adapter.lora_D], lr=rate)
+    before = adapter.lora_D @ adapter.lora_C > 0
+    for _ in range(round(init_std / rate)):
+        optimizer.zero_grad()
+        (G * adapter.delta_weight()).sum().backward()
+        optimizer.step()
+    assert ((adapter.lora_D @ adapter.lora_C > 0) != before).float().mean() == pytest.approx(1 / 3, abs=0.05)
 
 
 # ---- Memory and precision --------------------------------------------------------------------------------------------
@@ -689,20 +706,37 @@ def test_a_hugging_face_model_that_reads_its_childrens_weights_trains_and_merges
 
 
 @pytest.mark.slow
-def test_hugging_faces_trainer_trains_the_adapters_alone(tmp_path):
+def test_hugging_faces_trainer_trains_saves_resumes_and_keeps_the_best(tmp_path):
+    """With the README's callback."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    model = apply_adapters(tiny_gpt2(), ["c_attn", "mlp.c_proj"], init_std=0.1)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    names = {"set_warmup": set_warmup}
+    exec(readme("class ScaleWarmup"), names)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(50, (16, 7))]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=0.02, report_to=[], use_cpu=True,
-        logging_steps=1, gradient_checkpointing=True, save_strategy="no")
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert losses[-1] < losses[0] and moved == {name for name in before if "lora_" in name}
+
+    def trainer():
+        model = tiny_gpt2()
+        torch.manual_seed(1)
+        apply_adapters(model, ["c_attn", "mlp.c_proj"], init_std=0.1)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=0.02, report_to=[], use_cpu=True,
+            gradient_checkpointing=True, save_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows,
+                                    callbacks=[names["ScaleWarmup"]()])
+
+    first = trainer()
+    before = {name: p.clone() for name, p in first.model.named_parameters()}
+    first.train()
+    losses = [line["eval_loss"] for line in first.state.log_history if "eval_loss" in line]
+    moved = {name for name, p in first.model.named_parameters() if not torch.equal(p, before[name])}
+    assert losses[1] < losses[0] and moved == {name for name in before if "lora_" in name}
+    assert first.model.transformer.h[0].attn.c_attn.adapter.warmup == torch.tensor(8 / 30)
+
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    second = trainer()
+    second.train(resume_from_checkpoint=True)
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()):
+        assert torch.equal(a, b)
 
 
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
@@ -896,30 +930,29 @@ def test_on_a_gpu_w0_waits_in_the_cpus_memory_inside_merged(monkeypatch):
         assert layer.W0 is W0
 
 
-def readme(opening):
-    """The README's piece of Python that begins so."""
+def readme(words):
+    """The README's piece of Python with these words in it."""
     path = os.path.join(os.path.dirname(dual_lora.__file__), "README.md")
     with open(path, encoding="utf-8") as file:
         blocks = [block.partition("```")[0] for block in file.read().split("```python\n")[1:]]
-    return next(block for block in blocks if block.startswith(opening))
+    return next(block for block in blocks if words in block)
 
 
-def test_the_readmes_ten_lines_are_the_layer_under_autocast_too():
-    names = {"torch": torch, "nn": nn, "F": F, "math": math, "sign_ste": sign_ste}
+def test_the_readmes_method_is_the_files():
+    names = {}
     exec(readme("class DualLoRA"), names)
-    layer = randomise(adapted(nn.Linear(256, 512), r1=8, r2=8))
-    theirs = nn.Module.__new__(names["DualLoRA"])
-    theirs.__dict__.update(layer.__dict__, W0=dict(layer.named_parameters())["weight"])
-    set_warmup(layer, 0.5)
-    x, found = torch.randn(64, 256), []
-    for module in (layer, theirs):
-        layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = module(x)
-        y.float().square().mean().backward()
-        found.append([y, module.delta_weight(), *gradients(layer)])
-    for ours, other in zip(*found):
-        torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-5)
+    ours, theirs = (cls(64, 32, r1=3, r2=2, alpha=4.0, init_std=0.5) for cls in (DualLoRA, names["DualLoRA"]))
+    for p, other in zip(ours.parameters(), theirs.parameters()):
+        other.data.copy_(p.data)
+    ours.warmup.fill_(0.5)
+    theirs.warmup = 0.5
+    x, W0, bias, found = torch.randn(5, 32), torch.randn(64, 32), torch.randn(64), []
+    for adapter in (ours, theirs):
+        y = adapter(x, W0, bias)
+        y.square().mean().backward()
+        found.append([y, adapter.delta_weight(), *gradients(adapter)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
@@ -932,9 +965,8 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
     fresh = copy.deepcopy(model)
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda name: model)
     batches = [{"input_ids": torch.randint(2, 50, (4, 7)), "labels": torch.tensor([0, 1, 0, 1])} for _ in range(40)]
-    names = {"torch": torch, "batches": batches, "validation": batches[:1],
-             "AutoModelForSequenceClassification": transformers.AutoModelForSequenceClassification}
-    exec(readme("from dual_lora import"), names)
+    names = {"batches": batches, "validation": batches[:1]}
+    exec(readme("apply_adapters(model"), names)
     again = type(model).from_pretrained("out").eval()
     assert torch.equal(again(**batches[0]).logits.argmax(-1), names["predictions"][0])
     fresh = load_adapter(fresh, "adapter.pt").eval()
