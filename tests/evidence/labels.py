@@ -73,7 +73,7 @@ def main(arguments):
     for method in METHODS:
         tried = {rate: learn(method, rate, GRID_SEED, args.out_dir)["losses"][-1] for rate in RATES}
         rates[method] = min(tried, key=tried.get)
-        print(f"{method}: last loss " + ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in tried.items()), flush=True)
+        print(f"{method}: last loss", ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in tried.items()), flush=True)
     runs = {method: [] for method in METHODS}
     for seed in SEEDS:
         for method, rate in rates.items():
