@@ -162,8 +162,8 @@ def main(arguments):
     labels = args.lines.split(";") if args.lines else LINES
     settings = best_settings({label: LINES[label] for label in labels}, args)
     points = measure(settings, [float(count) for count in args.counts.split(",")], args)
-    if not args.lines:  # how the parameters are divided, at the settings of 4 + 4
-        divided = {str(r1): dict(settings["Dual LoRA, 4 + 4"], r1=r1, r2=8 - r1) for r1 in range(1, 8)}
+    if not args.lines:  # how the parameters are divided
+        divided = best_settings({str(r1): ("dual_lora", r1, 8 - r1, 3) for r1 in range(1, 8)}, args)
         draw(points, measure(divided, [4], args), args.out_dir / "memorise.png")
 
 
