@@ -1,4 +1,5 @@
-"""tests/evidence on tiny sizes: methods and report, the comparison's choices and table, fits, pictures, benchmark."""
+"""tests/evidence on tiny sizes: methods and report, comparison, associations, fits, pictures, benchmark."""
+import concurrent.futures
 import copy
 import json
 import sys
@@ -14,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "evidence"))
 import benchmark  # noqa: E402
 import compare  # noqa: E402
 import draw  # noqa: E402
+import memorise  # noqa: E402
 import represent  # noqa: E402
-from dual_lora import (DualLoRALinear, LoRALinear, adapter_state_dict, apply_adapters, merge_adapters,  # noqa: E402
+import train  # noqa: E402
+from dual_lora import (DualLoRA, LoRA, adapter_state_dict, apply_adapters, load_adapter, merge_adapters,  # noqa: E402
                        merged, save_adapter)
-from methods import LAYERS, DoRALinear, adapter_report  # noqa: E402
+from methods import ABLATIONS, DoRA, adapter_report  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -25,22 +28,35 @@ CPU = torch.device("cpu")
 # ---- methods.py ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", ABLATIONS)
 def test_a_method_leaves_out_what_its_name_says(method):
-    layer = LAYERS[method](nn.Linear(6, 5), r1=2, r2=2, init_std=1.0)
-    W0, BA, DC = layer._parameters["weight"], layer.lora_B @ layer.lora_A, layer.lora_D @ layer.lora_C
-    magnitude = BA if method in ("no_relu", "loha") else BA.relu()
-    direction = DC if method in ("no_sign", "loha") else torch.where(DC > 0, 1.0, -1.0)
+    adapter, W0, bias = ABLATIONS[method](5, 6, r1=2, r2=2, init_std=1.0), torch.randn(5, 6), torch.randn(5)
+    BA, DC = adapter.lora_B @ adapter.lora_A, adapter.lora_D @ adapter.lora_C
+    magnitude = BA / 2**0.5 if method in ("no_relu", "loha") else BA.relu()
+    direction = DC / DC.square().mean().sqrt() if method in ("no_sign", "loha") else torch.where(DC > 0, 1.0, -1.0)
     update = (BA + DC) / 2 if method == "random_start" else magnitude * direction  # alpha / r is half of this scale
     x = torch.randn(3, 6)
-    torch.testing.assert_close(layer(x), F.linear(x, W0 + layer.scaling * update, layer.bias))
+    torch.testing.assert_close(adapter(x, W0, bias), F.linear(x, W0 + adapter.scaling * update, bias))
+
+
+def test_the_parts_start_from_one_size_and_a_saved_adapter_keeps_it(tmp_path):
+    norms = {}
+    for method in ("dual_lora", "no_relu", "no_sign", "loha"):
+        torch.manual_seed(0)
+        model = apply_adapters(nn.Sequential(nn.Linear(256, 256)), ["0"], train.METHODS[method][0], r1=4, r2=4)
+        norms[method] = model[0].adapter.delta_weight().norm().item()
+        nn.init.normal_(model[0].adapter.lora_C)  # training moves DC, and not the constant that it is divided by
+        save_adapter(model, tmp_path / "adapter.pt")
+        again = load_adapter(nn.Sequential(nn.Linear(256, 256)), tmp_path / "adapter.pt")
+        assert torch.equal(again[0].adapter.delta_weight(), model[0].adapter.delta_weight())
+    assert norms == pytest.approx(dict.fromkeys(norms, norms["dual_lora"]), rel=0.15)
 
 
 @pytest.mark.parametrize("method, passes", [("xnor", lambda DC: DC.abs() <= 1), ("identity", torch.ones_like)])
 def test_an_estimator_passes_the_gradient_where_its_name_says_and_does_not_clip_it(method, passes):
     DC = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
     gradient = torch.tensor([9.0, -9.0, 9.0, 0.1])
-    W_d = LAYERS[method](nn.Linear(6, 5)).direction(DC)
+    W_d = ABLATIONS[method](5, 6).direction(DC)
     W_d.backward(gradient)
     assert W_d.tolist() == [-1, -1, 1, 1]
     torch.testing.assert_close(DC.grad, gradient * passes(DC))
@@ -50,13 +66,13 @@ def test_an_estimator_passes_the_gradient_where_its_name_says_and_does_not_clip_
 def test_dora_has_pefts_outputs_gradients_and_merged_weight(dropout):
     peft = pytest.importorskip("peft")
     base, x = nn.Sequential(nn.Linear(32, 24)), torch.randn(5, 32)
-    ours = apply_adapters(copy.deepcopy(base), ["0"], DoRALinear, r=4, alpha=8.0, dropout=dropout)
+    ours = apply_adapters(copy.deepcopy(base), ["0"], DoRA, r=4, alpha=8.0, dropout=dropout)
     theirs = peft.get_peft_model(base, peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0"], use_dora=True))
     layer = theirs.base_model.model[0]
     parameters = [[layer.lora_A["default"].weight, layer.lora_B["default"].weight,
                    layer.lora_magnitude_vector["default"].weight],
-                  [ours[0].lora_A, ours[0].lora_B, ours[0].lora_magnitude]]
+                  [ours[0].adapter.lora_A, ours[0].adapter.lora_B, ours[0].adapter.lora_magnitude]]
     torch.testing.assert_close(parameters[0][2], parameters[1][2])  # both start at the rows' norms
     found = []
     for model, own in zip((theirs.train(), ours.train()), parameters):
@@ -84,17 +100,17 @@ def test_the_report_at_the_start_is_what_the_arithmetic_predicts():
     assert row["relative_norm"] == pytest.approx(4 * 0.02**2 / 2**0.5 / 0.02, rel=0.05)
     assert 100 < row["effective_rank"] < row["above_1_percent"] <= 512
     with torch.no_grad():
-        model[0].lora_D[:128].neg_()  # a quarter of the rows
+        model[0].adapter.lora_D[:128].neg_()  # a quarter of the rows
     assert adapter_report(model, since)["0"]["flips"] == pytest.approx(0.25, abs=1e-3)
 
 
 def test_the_report_on_lora_has_its_rank_and_what_a_bfloat16_weight_loses():
-    model = apply_adapters(nn.Sequential(nn.Linear(64, 48)).bfloat16(), ["0"], LoRALinear, r=3)
-    nn.init.normal_(model[0].lora_B, std=1e-3)
-    row, dW = adapter_report(model)["0"], model[0].delta_weight()
+    model = apply_adapters(nn.Sequential(nn.Linear(64, 48)).bfloat16(), ["0"], LoRA, r=3)
+    nn.init.normal_(model[0].adapter.lora_B, std=1e-3)
+    row, dW = adapter_report(model)["0"], model[0].adapter.delta_weight()
     assert set(row) == {"effective_rank", "above_1_percent", "relative_norm", "lost"}
     assert row["above_1_percent"] == 3 and 1 < row["effective_rank"] <= 3.001
-    W0, W = model[0]._parameters["weight"], merge_adapters(model)[0].weight
+    W0, W = model[0].W0, merge_adapters(model)[0].weight
     assert 0.1 < row["lost"] == pytest.approx((W == W0)[dW != 0].float().mean().item())
 
 
@@ -196,6 +212,44 @@ def test_the_table_says_what_was_compared(compared):
     assert "One seed, in brackets" in one and "nan" not in one and "±" not in one
 
 
+# ---- memorise.py -----------------------------------------------------------------------------------------------------
+
+
+def test_few_associations_are_recalled_and_many_are_not():
+    run = dict(method="dual_lora", r1=2, r2=2, width=16, steps=200, alpha=16, init_std=0.1, rate=0.03, seed=0)
+    few, many = (memorise.recall({**run, "n": n}) for n in (8, 256))
+    assert few == 1 and 1 / 16 < many < 0.5
+    assert memorise.recall({**run, "method": "lora", "n": 8}) == 1
+
+
+def test_the_annealed_sign_ends_as_the_true_one():
+    adapter = memorise.Annealed(12, 10, r1=2, r2=2, init_std=1.0)
+    hard = adapter.delta_weight()
+    adapter.beta = 1e6
+    torch.testing.assert_close(adapter.delta_weight(), hard)
+    adapter.beta = 1.0
+    assert adapter.delta_weight().norm() < hard.norm()
+
+
+def test_the_best_setting_of_the_grid_is_shown_with_other_seeds_and_runs_are_kept(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    made = []
+
+    def recall(run):
+        made.append(run)
+        return 1 - abs(run["rate"] - 0.064) - run["n"] / 1e4
+
+    monkeypatch.setattr(memorise, "recall", recall)
+    monkeypatch.setattr(memorise.concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    memorise.main([f"--out_dir={tmp_path}", "--width=16", "--counts=2,4"])
+    shown = [run for run in made if run["seed"] != memorise.GRID_SEED]
+    assert {run["rate"] for run in shown} == {0.064} and {run["seed"] for run in shown} == set(memorise.SEEDS)
+    assert (tmp_path / "memorise.png").exists()
+    first = len(made)
+    memorise.main([f"--out_dir={tmp_path}", "--width=16", "--counts=2,4"])
+    assert len(made) == first
+
+
 # ---- represent.py and draw.py ----------------------------------------------------------------------------------------
 
 
@@ -210,22 +264,23 @@ def test_a_fit_finds_what_its_method_can_hold_and_comes_near_to_the_best_low_ran
 
 def test_the_picture_of_dW_is_drawn_from_two_adapter_files(tmp_path):
     pytest.importorskip("matplotlib")
-    for name, layer in (("dual", DualLoRALinear), ("lora", LoRALinear)):
+    for name, layer in (("dual", DualLoRA), ("lora", LoRA)):
         (tmp_path / name).mkdir()
         model = apply_adapters(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 30)), ["0", "1"], layer)
-        nn.init.normal_(model[1].lora_B)
+        nn.init.normal_(model[1].adapter.lora_B)
         save_adapter(model, tmp_path / name / "adapter.pt")
     draw.main(["dW", str(tmp_path / "dW.png"), str(tmp_path / "dual"), str(tmp_path / "lora")])
     assert (tmp_path / "dW.png").exists()
-    with pytest.raises(SystemExit, match="has no DualLoRALinear 7: choose from 0, 1"):
+    with pytest.raises(SystemExit, match="has no DualLoRA 7: choose from 0, 1"):
         draw.main(["dW", str(tmp_path / "x.png"), str(tmp_path / "dual"), str(tmp_path / "lora"), "7"])
 
 
-@pytest.mark.parametrize("kind", ["rates", "steps", "seeds"])
+@pytest.mark.parametrize("kind", ["rates", "learnt", "steps", "seeds"])
 def test_curves_and_seeds_are_drawn_from_runs_without_those_that_diverged(tmp_path, kind):
     pytest.importorskip("matplotlib")
-    runs = [{"task": task, "method": method, "learning_rate": rate, "seed": seed, "held_out": kind == "rates",
-             "metric": "accuracy", "value": 0.5 + rate, "curve": [[1, 0.5], [2, 0.6 + rate]], "options": {"seed": seed}}
+    runs = [{"task": task, "method": method, "learning_rate": rate, "seed": seed,
+             "held_out": kind in ("rates", "learnt"), "metric": "accuracy", "value": 0.5 + rate,
+             "curve": [[1, 0.5], [2, 0.6 + rate]], "options": {"seed": seed}}
             for task in ("cola", "stsb") for method in ("lora", "dual_lora") for rate in (1e-3, 2e-3)
             for seed in (0, 1)]
     diverged = {**runs[0], "value": None}
@@ -279,17 +334,11 @@ def test_dual_lora_keeps_its_input_and_plain_autograd_matrices_of_the_weights_sh
 def test_a_models_table_has_a_row_a_method_on_one_copy_of_the_weights(monkeypatch, light):
     tiny = benchmark.LLAMA(50, n_layer=1, n_head=2, n_embd=16, n_inner=24, n_kv_head=1)
     monkeypatch.setitem(benchmark.MODELS, "tiny", (tiny, benchmark.LLAMA_TARGETS))
-    tables = benchmark.model_tables("tiny", [(2, 4), (1, 6)], 2, False, 2, CPU, None)
+    tables = benchmark.model_tables("tiny", [(2, 4), (1, 6)], 2, False, 2, CPU)
     rows = rows_of(tables[2, 4])
     assert {"lora", "lora, compiled", "dora", "dual_lora", "dual_lora, compiled", "full"} <= set(rows)
-    assert rows["dual_lora"][4] == rows["lora"][4] != rows["full"][4]  # trainable parameters
+    assert rows["dual_lora"][3] == rows["lora"][3] != rows["full"][3]  # trainable parameters
     base = benchmark.base_model(tiny, CPU)
     model = benchmark.build_model("dual_lora", base, ["q_proj"], 2)
     adapted, plain = model.layers[0].attention.q_proj, base.layers[0].attention.q_proj
-    assert isinstance(adapted, DualLoRALinear) and adapted._parameters["weight"] is plain.weight
-
-
-def test_the_prediction_is_larger_as_it_is_than_compiled():
-    speeds = {"bytes": 3e12, "float32": 50e12, "bfloat16": 600e12}
-    fused, plain = (benchmark.seconds_for_dW(4096**2, 32, 2, compiled, speeds) for compiled in (True, False))
-    assert 0.3e-3 < fused < plain < 2e-3
+    assert isinstance(adapted.adapter, DualLoRA) and adapted.W0 is plain.weight

@@ -11,7 +11,6 @@ with its quartiles. A layer's time is forward and backward; a model's is AdamW's
 
 kept       what the forward pass keeps for the backward pass, the input included, weights and adapters left out
 peak       on a GPU: the most memory that a step takes; a model's own weights and AdamW's state are in it
-predicted  on a GPU: what a count of bytes gives for Dual LoRA, see seconds_for_dW
 
 Models are trained as train.py trains them: bfloat16 autocast on a GPU, LLaMA's random weights in bfloat16. All adapters
 stand on one copy of the frozen weights. `full` comes last, alone, and trains that copy.
@@ -34,9 +33,8 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
 from data.download import model_folder  # noqa: E402
-from dual_lora import (DualLoRALinear, LoRALinear, adapted_layers, apply_adapters, autocast_off,  # noqa: E402
-                       base_weight, merged, sign_ste)
-from methods import DoRALinear  # noqa: E402
+from dual_lora import DualLoRA, LoRA, apply_adapters, in_float32, sign_ste  # noqa: E402
+from methods import DoRA  # noqa: E402
 from model import GPT, Classifier, GPTConfig, load_pretrained  # noqa: E402
 from train import compile_training  # noqa: E402
 
@@ -98,48 +96,17 @@ def ratio(seconds, reference):
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def seconds_for_dW(entries, rank, itemsize, compiled, speeds):
-    """What forming dW and its gradients costs a step on a GPU, if only bytes and operations take time.
-
-    compiled     BA and DC are written and read once in each pass, 4 * 8 bytes an entry. g_m and g_d are written once
-                 and read twice, 24. W0 is read and W written in each pass, and G read: 5 itemsize.
-    as it is     every line of DualLinear reads and writes on its own. Counted line by line: 64 and 136 bytes, and the
-                 same 5 itemsize.
-    arithmetic   BA and DC twice, and four products for the gradients, in float32: 8 operations an entry and rank.
-    """
-    n_bytes = (56 if compiled else 200) + 5 * itemsize
-    return entries * (n_bytes / speeds["bytes"] + 8 * rank / speeds["float32"])
-
-
-def measure_speeds(device):
-    """{"bytes": of a copy, "float32" and "bfloat16": operations of a product}, each a second, at their best."""
-    big = torch.randn(8192, 8192, device=device)
-    jobs = {"bytes": (lambda t: t.clone(), big, 2 * 4 * 8192**2),
-            "float32": (lambda t: t @ t, big, 2 * 8192**3),
-            "bfloat16": (lambda t: t @ t, big.bfloat16(), 2 * 8192**3)}
-    speeds = {}
-    for name, (work, tensor, amount) in jobs.items():
-        seconds = []
-        for _ in range(8):
-            began = clock(device)
-            work(tensor)
-            seconds.append(clock(device) - began)
-        speeds[name] = amount / min(seconds)
-    return speeds
-
-
 # ---- One layer -------------------------------------------------------------------------------------------------------
 
 
-class PlainAutograd(DualLoRALinear):
+class PlainAutograd(DualLoRA):
     """The formula left to autograd, as well as it can be written: three matrices of the weight's shape are kept."""
 
-    def forward(self, x):
-        W0 = self._parameters["weight"]
-        with autocast_off(W0):
+    def forward(self, x, W0, bias=None):
+        with in_float32(self.lora_A):
             sW_m = (self.warmup * self.scaling * self.lora_B @ self.lora_A).relu()
             W = (W0 + sW_m * sign_ste(self.lora_D @ self.lora_C)).to(W0.dtype)
-        return F.linear(x, W, self.bias)
+        return F.linear(x, W, bias)
 
 
 def with_peft(model, targets, rank, dora=False):
@@ -157,15 +124,18 @@ def build_layers(shape, rank, dtype, device):
     def linear():
         return nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype)
 
+    def adapted(adapter, **settings):
+        return apply_adapters(nn.Sequential(linear()), ["0"], adapter, **settings)[0]
+
     halves, torch_compile = dict(r1=rank // 2, r2=rank // 2), partial(torch.compile, dynamic=True)
     layers = {
         "full": linear(),
-        "dual_lora": DualLoRALinear(linear(), **halves),
-        "dual_lora" + COMPILED: torch_compile(DualLoRALinear(linear(), **halves)),
-        "plain autograd": PlainAutograd(linear(), **halves),
-        "plain autograd" + COMPILED: torch_compile(PlainAutograd(linear(), **halves)),
-        "lora": LoRALinear(linear(), rank),
-        "dora": DoRALinear(linear(), rank),
+        "dual_lora": adapted(DualLoRA, **halves),
+        "dual_lora" + COMPILED: torch_compile(adapted(DualLoRA, **halves)),
+        "plain autograd": adapted(PlainAutograd, **halves),
+        "plain autograd" + COMPILED: torch_compile(adapted(PlainAutograd, **halves)),
+        "lora": adapted(LoRA, r=rank),
+        "dora": adapted(DoRA, r=rank),
     }
     if HAS_PEFT:
         layers["peft lora"] = with_peft(nn.Sequential(linear()), ["0"], rank)
@@ -184,7 +154,7 @@ def layer_step(layer, x, gradient):
     return between - began, clock(x.device) - between
 
 
-def layer_table(layers, shape, tokens, rank, dtype, rounds, device, speeds):
+def layer_table(layers, shape, tokens, dtype, rounds, device):
     x = torch.randn(tokens, shape[1], device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(tokens, shape[0], device=device, dtype=dtype) / tokens
     steps = {name: partial(layer_step, layer, x, gradient) for name, layer in layers.items()}
@@ -195,15 +165,11 @@ def layer_table(layers, shape, tokens, rank, dtype, rounds, device, speeds):
             rows.append([name, "out of memory"])
             continue
         forward, backward, both = *zip(*pairs), [sum(pair) for pair in pairs]
-        predicted = ""
-        if speeds and full and name.startswith("dual_lora"):
-            surplus = seconds_for_dW(shape[0] * shape[1], rank, dtype.itemsize, COMPILED in name, speeds)
-            predicted = f"{1 + surplus / statistics.median(full):.2f}"
         rows.append([name, *(f"{1e3 * statistics.median(s):.2f}" for s in (forward, backward, both)),
-                     ratio(both, full) if full else "", predicted,
+                     ratio(both, full) if full else "",
                      megabytes(kept_bytes(partial(layers[name], x), layers[name].parameters())),
                      megabytes(peak_bytes(steps[name], device))])
-    return table(["", "ms forward", "ms backward", "ms", "to full", "predicted", "kept MB", "peak MB"], rows)
+    return table(["", "ms forward", "ms backward", "ms", "to full", "kept MB", "peak MB"], rows)
 
 
 # ---- Whole models ----------------------------------------------------------------------------------------------------
@@ -232,27 +198,6 @@ def base_model(source, device):
     return model
 
 
-class HuggingFace(nn.Module):
-    """The same model by transformers, with LoRA by peft."""
-
-    def __init__(self, source, rank, device):
-        super().__init__()
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-        causal = source == "smollm2"
-        cls = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        targets = LLAMA_TARGETS if causal else ["query", "value"]
-        self.model = with_peft(cls.from_pretrained(model_folder(source)).to(device), targets, rank)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(p.requires_grad or name.startswith("classifier"))
-
-    def forward(self, idx, targets=None):
-        """As our models: (logits, loss) of a GPT, logits of a classifier."""
-        logits = self.model(idx).logits
-        if targets is None:
-            return logits
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 def build_model(method, base, targets, rank):
     """The method's model: modules of its own around base's weights, with adapters."""
     model = base if method == "full" else copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -264,7 +209,7 @@ def build_model(method, base, targets, rank):
     elif name == "peft lora":
         with_peft(model, targets, rank)
     else:
-        apply_adapters(model, targets, {"lora": LoRALinear, "dora": DoRALinear}[name], r=rank)
+        apply_adapters(model, targets, {"lora": LoRA, "dora": DoRA}[name], r=rank)
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
     if COMPILED in method:
@@ -272,33 +217,12 @@ def build_model(method, base, targets, rank):
     return model.train()
 
 
-def evaluation(training, idx):
-    """[seconds to enter `merged`, of a forward pass inside, to leave it, peak of all]: an evaluation's columns."""
-    model, times = training.model.eval(), []
-
-    def evaluate():
-        began = clock(idx.device)
-        with merged(model), torch.no_grad():
-            times.append(clock(idx.device) - began)
-            training.loss(idx)
-            times.append(clock(idx.device) - began)
-        times.append(clock(idx.device) - began)
-
-    peak = peak_bytes(evaluate, idx.device)
-    evaluate()  # again: a CPU's first time is another
-    model.train()
-    entered, inside, left = times[-3:]
-    return [f"{entered:.2f}", f"{inside - entered:.2f}", f"{left - inside:.2f}",
-            megabytes(peak and peak + training.standing_bytes())]
-
-
 class Training:
     """A model and its optimizer; called with token ids, it takes a step and returns its seconds."""
 
     def __init__(self, model, causal, checkpointing):
         self.model, self.causal = model, causal
-        if not isinstance(model, HuggingFace):
-            getattr(model, "backbone", model).gradient_checkpointing = checkpointing
+        getattr(model, "backbone", model).gradient_checkpointing = checkpointing
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=True)
 
@@ -320,15 +244,7 @@ class Training:
         return storage_bytes([*self.model.parameters(), *state])
 
 
-def predicted_seconds(training, method, tokens, rank, lora, checkpointing, speeds):
-    """From LoRA's seconds: what dW costs, and G, a third large product where LoRA makes two."""
-    weights = [base_weight(layer) for layer in adapted_layers(training.model).values()]
-    entries = sum(weight.numel() for weight in weights)
-    surplus = seconds_for_dW(entries, rank, weights[0].itemsize, COMPILED in method, speeds)
-    return lora + surplus * (4 / 3 if checkpointing else 1) + 2 * entries * tokens / speeds["bfloat16"]
-
-
-def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
+def model_tables(name, sizes, rank, checkpointing, rounds, device):
     """{size: table}. One model a method for all sizes, so that what is compiled is compiled once."""
     torch._dynamo.reset()
     source, targets = MODELS[name]
@@ -338,8 +254,6 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
     rows, lora = {size: [] for size in sizes}, {}
     for group in (methods, ["full"]):
         models = {method: build_model(method, base, targets, rank) for method in group}
-        if HAS_PEFT and isinstance(source, str) and group is methods and not checkpointing:
-            models["transformers, peft lora"] = HuggingFace(source, rank, device).train()
         trainings = {method: Training(model, isinstance(base, GPT), checkpointing) for method, model in models.items()}
         for size in sizes:
             idx, tokens = torch.randint(vocab_size, size, device=device), size[0] * size[1]
@@ -350,20 +264,15 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device, speeds):
                     continue
                 training, median = trainings[method], statistics.median(seconds)
                 lora.setdefault(size, seconds)
-                peak, kept, predicted = peak_bytes(steps[method], device), None, ""
+                peak, kept = peak_bytes(steps[method], device), None
                 if not checkpointing:
                     kept = kept_bytes(partial(training.loss, idx), training.model.parameters())
-                if speeds and method.startswith("dual_lora"):
-                    reference = statistics.median(lora[size])
-                    predicted = predicted_seconds(training, method, tokens, rank, reference, checkpointing, speeds)
                 rows[size].append([
                     method, f"{median:.3f}", f"{tokens / median:,.0f}", ratio(seconds, lora[size]),
-                    predicted and f"{predicted:.3f}", f"{sum(p.numel() for p in training.trainable):,}",
-                    megabytes(kept), megabytes(peak and peak + training.standing_bytes()),
-                    *(evaluation(training, idx) if method in ("lora", "dual_lora") else [])])
+                    f"{sum(p.numel() for p in training.trainable):,}", megabytes(kept),
+                    megabytes(peak and peak + training.standing_bytes())])
         del models, trainings, steps
-    header = ["", "s a step", "tokens/s", "to lora", "predicted s", "trainable", "kept MB", "peak MB",
-              "s into merged", "s inside", "s out", "peak MB of it"]
+    header = ["", "s a step", "tokens/s", "to lora", "trainable", "kept MB", "peak MB"]
     return {size: table(header, rows[size]) for size in sizes}
 
 
@@ -413,17 +322,13 @@ def main(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    speeds = measure_speeds(device) if device.type == "cuda" else None
 
     command = " ".join(["python", "tests/evidence/benchmark.py", *arguments])
     print(f"{device_name(device)}; torch {torch.__version__}; {datetime.date.today()}; `{command}`")
-    if speeds:
-        print(f"measured: {speeds['bytes'] / 1e12:.2f} TB/s, {speeds['float32'] / 1e12:.0f} TFLOP/s in float32, "
-              f"{speeds['bfloat16'] / 1e12:.0f} in bfloat16")
     if not HAS_PEFT:
         print("peft is not installed: its rows are left out")
     for name in args.models or []:
-        tables = model_tables(name, args.batch, args.rank, args.checkpointing == "true", args.rounds, device, speeds)
+        tables = model_tables(name, args.batch, args.rank, args.checkpointing == "true", args.rounds, device)
         for size, text in tables.items():
             print(f"\n{name}, {size[0]} x {size[1]} tokens, r = {args.rank} on {', '.join(MODELS[name][1])}, "
                   f"checkpointing {args.checkpointing}, {args.rounds} rounds\n\n{text}", flush=True)
@@ -434,7 +339,7 @@ def main(arguments):
             for tokens, in args.tokens:
                 print(f"\n{shape[0]} x {shape[1]}, {tokens} tokens, {dtype}, r = {args.rank}, {args.rounds} rounds\n",
                       flush=True)
-                print(layer_table(layers, shape, tokens, args.rank, getattr(torch, dtype), args.rounds, device, speeds))
+                print(layer_table(layers, shape, tokens, getattr(torch, dtype), args.rounds, device))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tests/evidence/draw.py dW OUT.png RUN_DUAL RUN_LORA [LAYER]     # out_dirs of train.py; or a middle layer
     python tests/evidence/draw.py rates OUT.png RUNS.jsonl                 # held-out metric over learning rates
+    python tests/evidence/draw.py learnt OUT.png RUNS.jsonl                # share of runs that learn, over them
     python tests/evidence/draw.py steps OUT.png RUNS.jsonl                 # metric over steps
     python tests/evidence/draw.py seeds OUT.png RUNS.jsonl                 # a dot a run
     python tests/evidence/draw.py represent OUT.png represent.json
@@ -15,11 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dual_lora import DualLoRALinear, LoRALinear, read_adapter, sign_ste  # noqa: E402
+from dual_lora import DualLoRA, LoRA, read_adapter, sign_ste  # noqa: E402
 
 CORNER = 48  # rows and columns that a heat map shows: more would be finer than a README can show
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -49,25 +49,24 @@ def pyplot():
 # ---- How dW comes about ----------------------------------------------------------------------------------------------
 
 
-def read_layer(run, cls, name=None):
-    """(name, layer) of a run's adapter.pt, around W0 = 0, which dW does not depend on. No name: the middle one."""
+def read_dW(run, cls, name=None):
+    """(name, adapter) of one layer, from a run's adapter.pt. No name: the middle one."""
     path = Path(run) / "adapter.pt"
-    layers, state = read_adapter(path)
-    names = [name for name, (kind, _) in layers.items() if kind is cls]
+    adapters, state = read_adapter(path)
+    names = [name for name, (kind, _) in adapters.items() if kind is cls]
     name = name or (names[len(names) // 2] if names else None)
     if name not in names:
         raise ValueError(f"{path} has no {cls.__name__} {name or ''}: choose from {', '.join(names) or 'nothing'}")
-    own = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.lora_")}
-    n_in, n_out = own["lora_A"].shape[1], own["lora_B"].shape[0]
-    layer = cls(nn.Linear(n_in, n_out, bias=False), **layers[name][1])
-    layer.load_state_dict(own, strict=False)
-    return name, layer
+    own = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.adapter.")}
+    adapter = cls(len(own["lora_B"]), own["lora_A"].shape[1], **adapters[name][1])
+    adapter.load_state_dict(own)
+    return name, adapter
 
 
 @torch.no_grad()
 def draw_dW(plt, path, run_dual, run_lora, name=None):
-    name, dual = read_layer(run_dual, DualLoRALinear, name)
-    _, lora = read_layer(run_lora, LoRALinear, name)
+    name, dual = read_dW(run_dual, DualLoRA, name)
+    _, lora = read_dW(run_lora, LoRA, name)
     dW, BA = dual.delta_weight(), lora.delta_weight()
     W_m = dual.scaling * (dual.lora_B @ dual.lora_A).relu()
     W_d = sign_ste(dual.lora_D @ dual.lora_C)
@@ -138,8 +137,11 @@ def curve_points(runs):
     return {step: [curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)}
 
 
-def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
-    """A panel a task, a line a method: the mean, and a band from the least to the greatest value."""
+def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic, shares=False):
+    """A panel a task, a line a method: the mean, and a band from the least to the greatest value.
+
+    shares: the share of the runs that came near the best of their panel, instead.
+    """
     labels = list(dict.fromkeys(label for task in tasks.values() for label in task))
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -148,14 +150,18 @@ def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
     for axis in axes.flat[len(tasks):]:
         axis.remove()
     for axis, (task, methods) in zip(axes.flat, tasks.items()):
+        best = max(run["value"] for runs in methods.values() for run in runs)
         for label, runs in methods.items():
             x, values = zip(*sorted(points_of(runs).items()))
             i = labels.index(label)
             style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2)
+            if shares:
+                values = [[value > best - NEAR for value in v] for v in values]
             axis.plot(x, [statistics.mean(v) for v in values], label=label, **style)
-            axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15,
-                              linewidth=0)
-        axis.set(title=task, xlabel=xlabel, ylabel=runs[0]["metric"])
+            if not shares:
+                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=style["color"],
+                                  alpha=0.15, linewidth=0)
+        axis.set(title=task, xlabel=xlabel, ylabel=f"runs within {NEAR} of the best" if shares else runs[0]["metric"])
         if logarithmic:
             axis.set_xscale("log")
             rates = sorted({run["learning_rate"] for runs in methods.values() for run in runs})
@@ -224,14 +230,16 @@ def save(plt, figure, path):
 
 def main(arguments):
     kind, *rest = arguments or [""]
-    if len(rest) not in {"dW": (3, 4), "rates": (2,), "steps": (2,), "seeds": (2,), "represent": (2,)}.get(kind, ()):
+    if kind not in ("dW", "rates", "learnt", "steps", "seeds", "represent") or \
+            len(rest) not in ((3, 4) if kind == "dW" else (2,)):
         sys.exit(__doc__.strip())
     try:
         plt = pyplot()
         if kind == "dW":
             draw_dW(plt, *rest)
-        elif kind == "rates":
-            draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True)
+        elif kind in ("rates", "learnt"):
+            draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True,
+                        shares=kind == "learnt")
         elif kind == "steps":
             draw_panels(plt, rest[0], read_runs(rest[1], False), curve_points, "step", logarithmic=False)
         elif kind == "seeds":

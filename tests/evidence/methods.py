@@ -4,6 +4,8 @@
     no_relu        BA ⊙ Sign(DC)
     no_sign        ReLU(BA) ⊙ DC
     loha           BA ⊙ DC: neither of the two, LoHa (FedPara, arXiv 2108.06098)
+                   These three start from one norm of dW, Dual LoRA's: DC is divided by its rms at the start, and where
+                   the ReLU is left out, which takes half of BA's square away, dW is divided by sqrt(2).
     random_start   LoRA of rank r1 + r2 from Dual LoRA's start: B is random too, and the scale of dW is warmed up
     xnor           Dual LoRA with XNOR-Net's gradient of the sign (arXiv 1603.05279): only where abs(DC) <= 1
     identity       Dual LoRA with the gradient passed as it is
@@ -17,56 +19,52 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from dual_lora import (AdaptedLinear, DualLoRALinear, LoRALinear, adapted_layers, autocast_off, base_weight,
-                       check_precision, sign_ste)
+from dual_lora import DualLoRA, LoRA, adapted_layers, in_float32, refuse_narrow, sign_ste
 
 
-class DoRALinear(LoRALinear):
+class DoRA(LoRA):
     """DoRA (Liu et al., arXiv 2402.09353): W = m V / |V|, V = W0 + alpha / r * B A, |V| the norm of each row.
 
     lora_magnitude (out,) is m, |W0| at the start. |V| passes no gradient (the paper's section 4.3).
     """
 
-    def __init__(self, linear, r=16, alpha=16.0, dropout=0.0):
-        super().__init__(linear, r, alpha, dropout)
-        self.lora_magnitude = nn.Parameter(base_weight(self).detach().float().norm(dim=1))
+    def attach(self, linear):
+        self.linear = (linear,)  # for W0; in a tuple, since it is no submodule
+        self.lora_magnitude = nn.Parameter(linear.out_in(linear.W0).detach().float().norm(dim=1))
 
-    def ratio(self):
+    def ratio(self, W0):
         """m / |V| (out,)."""
-        V = base_weight(self) + super().delta_weight().detach()
+        V = W0 + super().delta_weight().detach()
         return self.lora_magnitude / V.norm(dim=1)
 
     def delta_weight(self):
         """dW (out, in) = m V / |V| - W0."""
-        W0 = base_weight(self)
-        return self.ratio()[:, None] * (W0 + super().delta_weight()) - W0
+        W0 = self.linear[0].out_in(self.linear[0].W0)
+        return self.ratio(W0)[:, None] * (W0 + super().delta_weight()) - W0
 
-    def forward(self, x):
-        if self.merged_weight is not None:
-            return AdaptedLinear.forward(self, x)
-        check_precision(self)
-        W0, ratio = base_weight(self), self.ratio()
-        y = F.linear(x, W0, self.bias)
+    def forward(self, x, W0, bias=None):
+        refuse_narrow(self.lora_A)
+        y, ratio = F.linear(x, W0, bias), self.ratio(W0)
         dropped = F.dropout(x, self.dropout, self.training)
         if self.training and self.dropout > 0:
             plain = F.linear(dropped, W0)
         else:
-            plain = y if self.bias is None else y - self.bias
+            plain = y if bias is None else y - bias
         BAx = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return (y + (ratio - 1) * plain + ratio * self.scaling * BAx).to(y.dtype)
 
 
-class Ablation(DualLoRALinear):
+class Ablation(DualLoRA):
     """The subclass says what ReLU and Sign are replaced by."""
 
     def delta_weight(self):
-        with autocast_off(self.lora_A):
+        with in_float32(self.lora_A):
             W_m = self.magnitude(self.lora_B @ self.lora_A)
             W_d = self.direction(self.lora_D @ self.lora_C)
             return self.warmup * self.scaling * W_m * W_d
 
-    def forward(self, x):
-        return AdaptedLinear.forward(self, x)
+    def forward(self, x, W0, bias=None):
+        return F.linear(x, (W0 + self.delta_weight()).to(W0.dtype), bias)
 
     def magnitude(self, BA):
         return BA.relu()
@@ -77,12 +75,17 @@ class Ablation(DualLoRALinear):
 
 class NoReLU(Ablation):
     def magnitude(self, BA):
-        return BA
+        return BA / math.sqrt(2)
 
 
 class NoSign(Ablation):
+    def __init__(self, out_features, in_features, **settings):
+        super().__init__(out_features, in_features, **settings)
+        rms = (self.lora_D @ self.lora_C).detach().square().mean().sqrt()
+        self.register_buffer("start_rms", rms)  # of DC, a constant from here on; it is saved with the adapter
+
     def direction(self, DC):
-        return DC
+        return DC / self.start_rms
 
 
 class LoHa(NoReLU, NoSign):
@@ -92,9 +95,9 @@ class LoHa(NoReLU, NoSign):
 class RandomStart(Ablation):
     def delta_weight(self):
         r1, r2 = len(self.lora_A), len(self.lora_C)
-        scaling = self.scaling * math.sqrt(r1 * r2) / (r1 + r2)  # alpha / r
-        with autocast_off(self.lora_A):
-            return self.warmup * scaling * (self.lora_B @ self.lora_A + self.lora_D @ self.lora_C)
+        scale = self.warmup * self.scaling * math.sqrt(r1 * r2) / (r1 + r2)  # alpha / r
+        with in_float32(self.lora_A):
+            return scale * (self.lora_B @ self.lora_A + self.lora_D @ self.lora_C)
 
 
 class Identity(Ablation):
@@ -109,10 +112,10 @@ class XNOR(Ablation):
 
 
 OPTIONS = train.METHODS["dual_lora"][1]
-LAYERS = {"no_relu": NoReLU, "no_sign": NoSign, "loha": LoHa, "random_start": RandomStart, "xnor": XNOR,
-          "identity": Identity}
-train.METHODS["dora"] = (DoRALinear, train.METHODS["lora"][1])
-train.METHODS.update({name: (layer, OPTIONS) for name, layer in LAYERS.items()})
+ABLATIONS = {"no_relu": NoReLU, "no_sign": NoSign, "loha": LoHa, "random_start": RandomStart,
+             "xnor": XNOR, "identity": Identity}
+train.METHODS["dora"] = (DoRA, train.METHODS["lora"][1])
+train.METHODS.update({name: (adapter, OPTIONS) for name, adapter in ABLATIONS.items()})
 
 
 @torch.no_grad()
@@ -128,12 +131,13 @@ def adapter_report(model, since=None):
     """
     report = {}
     for name, layer in adapted_layers(model).items():
-        W0, dW, row = base_weight(layer), layer.delta_weight(), {}
-        if isinstance(layer, DualLoRALinear):
-            row["inactive"] = (layer.lora_B @ layer.lora_A <= 0).float().mean().item()
+        adapter, W0 = layer.adapter, layer.out_in(layer.W0)
+        dW, row = adapter.delta_weight(), {}
+        if isinstance(adapter, DualLoRA):
+            row["inactive"] = (adapter.lora_B @ adapter.lora_A <= 0).float().mean().item()
             if since is not None:
-                before = since[f"{name}.lora_D"] @ since[f"{name}.lora_C"]
-                row["flips"] = ((before > 0) != (layer.lora_D @ layer.lora_C > 0)).float().mean().item()
+                before = since[f"{name}.adapter.lora_D"] @ since[f"{name}.adapter.lora_C"]
+                row["flips"] = ((before > 0) != (adapter.lora_D @ adapter.lora_C > 0)).float().mean().item()
         sigma = torch.linalg.svdvals(dW)
         share = sigma.square() / sigma.square().sum().clamp(min=1e-30)
         row["effective_rank"] = torch.special.entr(share).sum().exp().item()

@@ -30,7 +30,7 @@ import train  # noqa: E402
 from compare import config, split_spec, table  # noqa: E402
 from data.download import model_folder  # noqa: E402
 from data.tasks import load_task  # noqa: E402
-from dual_lora import adapted_layers, base_weight, merge_adapters, read_adapter, sign_ste  # noqa: E402
+from dual_lora import adapted_layers, merge_adapters, sign_ste  # noqa: E402
 from model import load_pretrained  # noqa: E402
 
 RANKS = (2, 4, 8, 16, 32, 64)  # of LoRA; a method of two groups has half of it in each
@@ -62,7 +62,7 @@ def trained(task, method, rate, args, options):
 
 def full_update(folder):
     """(6, out, in): W after minus W before."""
-    after = read_adapter(folder / "adapter.pt")[1]
+    after = torch.load(folder / "adapter.pt", weights_only=True)
     before = load_pretrained(model_folder("minilm")).state_dict()
     names = [f"layers.{i}.attention.{name}.weight" for i in LAYERS for name in ("q_proj", "v_proj")]
     return torch.stack([after[f"backbone.{name}"] - before[name] for name in names])
@@ -125,10 +125,10 @@ def signal(folder, cut):
     cfg = train.Config(**run["settings"])
     task = load_task(cfg.task, cfg.data_dir, cfg.metric)
     task.validation = task.validation[:cut]
-    start = {name: layer.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[3]).items()}
+    start = {name: layer.adapter.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[3]).items()}
     cfg, _, tokenizer, model, encode = train.build(cfg, task, folder / "adapter.pt")
-    before = {name: base_weight(layer).clone() for name, layer in adapted_layers(model).items()}
-    whole = {name: layer.delta_weight() for name, layer in adapted_layers(model).items()}
+    before = {name: layer.out_in(layer.W0).clone() for name, layer in adapted_layers(model).items()}
+    whole = {name: layer.adapter.delta_weight() for name, layer in adapted_layers(model).items()}
     if cfg.method == "lora":  # its B starts at 0
         start = {name: torch.zeros_like(dW) for name, dW in whole.items()}
     validation, model = encode(task.validation), merge_adapters(model)
