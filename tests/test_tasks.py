@@ -233,7 +233,7 @@ def test_the_mix_is_scored_on_the_published_split_of_each_set_and_takes_llm_adap
     assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
     assert len(task.train) == 24 and theirs.validation == task.validation
     assert theirs.train == [{"instruction": "i", "output": "true", "answer": "true"}] * 5
-    for change, words in (({"input": "x"}, 'entry 2: "input" has no place'), ({"answer": "é"}, 'entry 2: "answer" is .é')):
+    for change, words in (({"input": "x"}, 'entry 2: "input" has'), ({"answer": "é"}, 'entry 2: "answer" is .é')):
         (tmp_path / "commonsense_170k.json").write_text(json.dumps([rows[0], {**rows[0], **change}]))
         with pytest.raises(ValueError, match=words):
             load_task(MIX, tmp_path)
