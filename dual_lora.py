@@ -375,7 +375,7 @@ def set_warmup(model, factor):
 
 def adapter_state_dict(model):
     """{name: tensor}, not copied: the adapters, whatever else is trainable, such as a head, and persistent buffers."""
-    ours = {f"{name}.adapter.{key}" for name, layer in adapted_layers(model).items()
+    ours = {f"{name}.adapter.{key}".lstrip(".") for name, layer in adapted_layers(model).items()
             for key in layer.adapter.state_dict()}  # frozen ones too
     return {name: t.detach() for name, t in named_tensors(model).items()
             if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
