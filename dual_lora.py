@@ -147,7 +147,8 @@ class AdaptedLinear(nn.Linear):
     """The linear layer that was there, with another class (see adapt): x (..., in) -> adapter(x, W0, bias) (..., out).
 
     W0 is the pre-trained weight, the same Parameter. `weight` is no parameter: it reads W0 + dW, for a module that
-    takes the weight of its child and never calls it, such as nn.MultiheadAttention. What is written into it is lost.
+    takes the weight of its child and never calls it, such as nn.MultiheadAttention. What is written into it is lost,
+    as by peft's merging of an adapter on top.
     """
 
     merged_weight = None  # W0 + dW inside `merged`
@@ -362,10 +363,7 @@ def apply_adapters(model, targets, adapter=DualLoRA, **settings):
 
 
 def set_warmup(model, factor):
-    """Set the factor on dW of every Dual LoRA adapter. It is part of the state, and is saved. ValueError: not 0 to 1.
-
-    Inside `merged` it has no effect on what the model computes.
-    """
+    """Set the factor on dW of every Dual LoRA adapter. It is part of the state, and is saved. ValueError: not 0 to 1."""
     if not 0 <= factor <= 1:
         raise ValueError(f"factor is {factor}: it should be from 0 to 1")
     for layer in adapted_layers(model).values():
@@ -447,7 +445,7 @@ def merged(model):
 
     Afterwards, an error included, W0 is what it was, to the bit: no module is swapped and nothing is subtracted. On a
     GPU W0 waits in the CPU's memory meanwhile, so that the weights are there once. Inside, adapters do not train, and
-    what is loaded into them has no effect. Two threads must not enter it on one model.
+    set_warmup and load_state_dict do not change what the model computes. It is not for two threads on one model.
     """
     layers = [layer for layer in mergeable_layers(model).values() if layer.merged_weight is None]
     try:
@@ -474,9 +472,10 @@ def plain_settings(**settings):
     for name, value in settings.items():
         if name in ("r", "r1", "r2"):
             fits, expected = isinstance(value, numbers.Integral) and value >= 1, "a whole number from 1 on"
+        elif name == "dropout":
+            fits, expected = 0 <= value < 1, "from 0 to below 1"
         else:
-            fits, expected = (0 <= value < 1, "from 0 to below 1") if name == "dropout" else (
-                0 < value < math.inf, "above 0")
+            fits, expected = 0 < value < math.inf, "above 0"
         if not fits:
             raise ValueError(f"{name} is {value!r}: it should be {expected}")
     return {name: (int if isinstance(value, numbers.Integral) else float)(value) for name, value in settings.items()}
