@@ -363,7 +363,7 @@ def apply_adapters(model, targets, adapter=DualLoRA, **settings):
 
 
 def set_warmup(model, factor):
-    """Set the factor on dW of every Dual LoRA adapter. It is part of the state, and is saved. ValueError: not 0 to 1."""
+    """Set the factor on dW of every Dual LoRA adapter. It is in the state, and is saved. ValueError: not 0 to 1."""
     if not 0 <= factor <= 1:
         raise ValueError(f"factor is {factor}: it should be from 0 to 1")
     for layer in adapted_layers(model).values():
