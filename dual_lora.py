@@ -7,9 +7,10 @@
     C   (r2, in)    D (out, r2)   direction: Sign(DC) is +1 or -1
 
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates",
-arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r, whose dW is alpha / r * B A.
+arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r, whose dW is alpha / r * B A. ReLU
+and Sign act on every entry, so dW is not of low rank. For that alone it is not more expressive.
 
-An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere: each weight should fall.
+An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere: each weight should fall, if it can.
 
     B = [ 1]  A = [2 -1]      BA = [ 2 -1]     ReLU(BA) = [2 0]
         [-1]                       [-2  1]                [0 1]
@@ -23,15 +24,15 @@ Backward, the ReLU passes the gradient where BA > 0, and the sign passes it as i
     g_d = G ⊙ ReLU(BA)              = [1  0  ]       dL/dD = g_d C^T = [0.1]     dL/dC = D^T g_d = [1  -0.5]
                                       [0  0.5]                         [0.5]
 
-One step of SGD at a rate of 0.2, and LoRA's from the same B and A (`python dual_lora.py` computes both):
+One step of SGD at a rate of 0.2, and LoRA's, of rank 1, from the same B and A (`python dual_lora.py` computes both):
 
     BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]     LoRA's dW = [ 2 -1], then [ 1.8 -0.9]
          [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]                 [-2  1]       [-2.2  1.1]
 
-LoRA's first column falls and its second rises, since one row of A, [2 -1], serves both. Of Dual LoRA's entries, -1
-became -1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero there, and the sign turned, a
-jump by twice the size. The zeros stay: the ReLU passes them no gradient. A zero comes alive when the gradients of other
-entries have moved its row of B or its column of A far enough.
+LoRA's first column falls and its second rises: each row of its dW is a multiple of one row, so its two entries cannot
+both fall. Of Dual LoRA's, -1 became -1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero
+there, and the sign turned, a jump by twice the size. The zeros stay, since the ReLU passes them no gradient. They come
+alive when other entries' gradients have moved their row of B or column of A far enough.
 
 Step 0. LoRA starts with B = 0, so that dW = 0. Here that would be the end: the ReLU passes no gradient at 0, and none
 of the four would ever move. So A and B start random. With D = 0 it would learn, but all signs would start as -1. So C
@@ -40,19 +41,20 @@ first steps (set_warmup; without a call it is 1).
 
 How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW
 start with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std
-for 1 to 20 % of W0's root mean square; 0.02 gives a few percent at usual weights. Search the learning rate, from LoRA's
-on. Use a mean loss and no float16 loss scaler: the sign's gradient is clipped by value.
+for 1 to 20 % of W0's root mean square (README); 0.02 gives a few percent at usual weights. The learning rate needs its
+own search. Divide r evenly, as the paper does: 2 + 6 and 6 + 2 trained as well as 4 + 4. Use a mean loss and no float16
+loss scaler, since the sign's gradient is clipped by value.
 
-How many steps turn a sign. An entry of DC has deviation sqrt(r2) init_std^2. A step of Adam moves each factor by about
-the rate lr, so DC by about lr init_std sqrt(2 r2). So it takes about init_std / lr steps: after as many, under a
-constant gradient, a third of all signs have turned, whatever r2, init_std and lr are (42 % for r2 = 1).
+How many steps turn a sign. An entry of DC has standard deviation sqrt(r2) init_std^2. A step of Adam moves each factor
+by about the rate lr, and so DC by about lr init_std sqrt(2 r2). That makes about init_std / lr steps: after as many,
+under a steady gradient, about a third of the signs had turned (26 to 40 %), whatever r2, init_std and lr were.
 
-                    the paper                                        this file
-    formula         dW, Sign(0) = -1, the clip, r1 = r2 = r / 2      the same
-    start           normal, deviation not given                      N(0, init_std^2) for all four
-    warm-up of dW   over the first few steps, formula not given      a straight line, as below
-    rate, alpha     rate tuned, not given; alpha 64, r 32 for LLaMA  a search for each task; alpha 16
-    ours alone                                                       float32 factors on any base, no dW kept, the files
+                     the paper                                           this file
+    formula          dW, Sign(0) = -1, the clip, r1 = r2 = r / 2         the same
+    start            normal, its deviation not given                     N(0, init_std^2) for all four matrices
+    warm-up of dW    over the first few steps, formula not given         a straight line, as in the loop below
+    rate, alpha      the rate tuned and not given; alpha 64 for LLaMA    rates by search, alpha 16
+    the rest         not in it                                           float32 factors, memory-saving backward, files
 
     import torch
     from dual_lora import apply_adapters, merge_adapters, save_adapter, set_warmup
@@ -66,8 +68,7 @@ constant gradient, a third of all signs have turned, whatever r2, init_std and l
     save_adapter(model, "adapter.pt")                                 # load_adapter(fresh_model, "adapter.pt")
     merge_adapters(model)                                             # plain layers again, with W0 + dW
 
-ReLU and Sign act on every entry, so dW is not of low rank. That alone does not make it more expressive: it has as few
-parameters. What was measured against LoRA is in the README. Needs torch 2.6 or newer.
+What was measured against LoRA is in the README. Needs torch 2.6 or newer.
 """
 import contextlib
 import math
@@ -77,7 +78,6 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -86,7 +86,8 @@ from torch.optim.swa_utils import AveragedModel
 
 def sign_(x):
     """x in place: +1 where it is > 0, else -1. torch.sign(0) is 0, which would switch the entry off."""
-    return x.sign_().sub_(0.5).sign_()  # torch.where(x > 0, 1.0, -1.0) takes a CPU ten times as long
+    # 1, 0, -1 become 0.5, -0.5, -1.5, and these 1, -1, -1; torch.where(x > 0, 1.0, -1.0) takes a CPU ten times as long
+    return x.sign_().sub_(0.5).sign_()
 
 
 class SignSTE(torch.autograd.Function):
@@ -118,11 +119,11 @@ class DualLoRA(nn.Module):
         self.lora_C = nn.Parameter(cpu_zeros(r2, in_features).normal_(std=init_std))
         self.lora_D = nn.Parameter(cpu_zeros(out_features, r2).normal_(std=init_std))
         # The factor on dW, from 0 to 1. A tensor, since torch.compile would compile again whenever a number changes.
-        self.register_buffer("warmup", cpu_zeros() + 1)
+        self.register_buffer("warmup", torch.ones((), dtype=torch.float32, device="cpu"))
 
     def delta_weight(self):
         """dW (out, in), differentiable by plain autograd. W_m is the magnitude, W_d the direction."""
-        with in_float32(self.lora_A):
+        with in_float32(*self.parameters()):
             W_m = (self.lora_B @ self.lora_A).relu()
             W_d = sign_ste(self.lora_D @ self.lora_C)
             return self.warmup.to(W_m.dtype) * self.scaling * (W_m * W_d)
@@ -130,11 +131,11 @@ class DualLoRA(nn.Module):
     def forward(self, x, W0, bias=None):
         """x (..., in), W0 (out, in) -> F.linear(x, W0 + dW, bias) (..., out), gradients included. It keeps no dW.
 
-        Dropout acts on x in front of dW alone, which takes five large products instead of three.
+        Dropout acts on x in front of dW alone. W0 and dW then need products of their own, five instead of three.
         """
         s = self.warmup.to(self.lora_A.dtype) * self.scaling
         factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D, s
-        if self.training and self.dropout > 0:
+        if self.training and self.dropout > 0:  # without W0 and bias DualLinear is x dW^T
             return F.linear(x, W0, bias) + DualLinear.apply(F.dropout(x, self.dropout), None, None, *factors)
         return DualLinear.apply(x, W0, bias, *factors)
 
@@ -146,7 +147,7 @@ class AdaptedLinear(nn.Linear):
     """The linear layer that was there, with another class (see adapt): x (..., in) -> adapter(x, W0, bias) (..., out).
 
     W0 is the pre-trained weight, the same Parameter. `weight` is no parameter: it reads W0 + dW, for a module that
-    takes the weight of its child and never calls it, such as nn.MultiheadAttention.
+    takes the weight of its child and never calls it, such as nn.MultiheadAttention. What is written into it is lost.
     """
 
     merged_weight = None  # W0 + dW inside `merged`
@@ -168,7 +169,7 @@ class AdaptedLinear(nn.Linear):
         return self.out_in(W).to(self.W0.dtype)
 
     def out_in(self, weight):
-        """A weight as (out, in), and back: a view where the layer was Hugging Face's Conv1D, which has (in, out)."""
+        """A weight of this layer's layout as (out, in), and back: Hugging Face's Conv1D has (in, out)."""
         return weight if issubclass(self.plain_class, nn.Linear) else weight.t()
 
     def __getstate__(self):
@@ -180,22 +181,26 @@ class AdaptedLinear(nn.Linear):
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """The state of the plain layer fits too: its "weight" is W0."""
+        """The state of the plain model fits too, with strict=False for what it lacks: its "weight" is W0."""
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}W0"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def adapt(linear, adapter):
-    """Put `adapter` into `linear`, and return linear: the same object, with its hooks and flags.
+    """Put `adapter` into `linear`, and return linear: the same object, with its hooks and flags. It freezes nothing.
 
     An adapter of your own is an nn.Module made by YourClass(out_features, in_features, **settings), with
     delta_weight(), forward(x, W0, bias), and for save_adapter a dict `settings` of plain numbers.
     """
+    if isinstance(linear, AdaptedLinear):
+        raise ValueError("the layer has an adapter already")
+    device = linear.weight.device
     for module in adapter.train(linear.training).modules():  # adapter.to(device) would refuse fake tensors
         for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            moved = t.detach().to(linear.weight.device)
-            setattr(module, name, nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved)
+            if t.device != device:
+                moved = t.detach().to(device)
+                setattr(module, name, nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved)
     plain_class, linear.__class__ = type(linear), AdaptedLinear
     linear.plain_class, linear.adapter = plain_class, adapter
     linear._parameters = {"W0" if name == "weight" else name: p for name, p in linear._parameters.items()}
@@ -206,7 +211,9 @@ def adapt(linear, adapter):
 
 
 def restore(linear):
-    """The opposite of adapt: the plain layer with W0, as if nothing had been; returns linear."""
+    """The opposite of adapt: the plain layer with W0; returns linear."""
+    if linear.merged_weight is not None:
+        raise ValueError("the layer is inside `merged`: leave that first")
     linear.__class__ = linear.plain_class
     linear._parameters = {"weight" if name == "W0" else name: p for name, p in linear._parameters.items()}
     if not isinstance(linear, nn.Linear):
@@ -234,7 +241,7 @@ class DualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W0, bias, A, B, C, D, s):
         W = (x if W0 is None else W0).new_empty(B.shape[0], A.shape[1])
-        with in_float32(A):
+        with in_float32(A, B, C, D):
             sB = s * B
             for rows in row_blocks(B, A):
                 dW = (sB[rows] @ A).relu_().mul_(sign_(D[rows] @ C))
@@ -244,19 +251,20 @@ class DualLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # a second derivative raises an error: this function would get it wrong
     def backward(ctx, gy):
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("DualLinear has no second derivative: use F.linear(x, W0 + delta_weight(), bias)")
         x, W0, A, B, C, D, s = ctx.saved_tensors
         gy_rows = gy.reshape(-1, gy.shape[-1])        # (N, out)
         G = gy_rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
-        gW0 = G.clone() if ctx.needs_input_grad[1] else None
+        gW0 = G.clone() if ctx.needs_input_grad[1] else None  # a copy, since W will overwrite G
         dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
         if torch.compiler.is_compiling():
             # subtle: the compiler sees both passes at once, finds BA and DC in both, and would keep the first ones.
-            # Here A and C seem to depend on gy, so BA and DC are other matrices to it, and are formed again.
+            # where(..., A, A) is A. The compiler cannot know, so BA and DC are other matrices to it.
             any_number = gy_rows.sum()
             A, C = torch.where(any_number > 0, A, A), torch.where(any_number > 0, C, C)
-        with in_float32(A):
+        with in_float32(A, B, C, D):
             sB = s * B
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
@@ -283,23 +291,23 @@ def row_blocks(B, A):
     return [slice(start, start + step) for start in range(0, B.shape[0], step)]
 
 
-def in_float32(factor):
+def in_float32(*factors):
     """The context in which BA and DC are formed: autocast off. TypeError for factors that were cast to a narrow type.
 
     subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
-    size. bfloat16 factors turn 0.05 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
+    size. bfloat16 factors turn 0.04 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
     W0 + dW is rounded besides, where W0 or autocast is bfloat16: by 2 to 3 % of dW if dW is 5 % of W0. The model that
     trains and the merged model round alike. TF32 (off by default in torch) is left as it is.
     """
-    refuse_narrow(factor)
-    kind = factor.device.type
+    refuse_narrow(*factors)
+    kind = factors[0].device.type
     return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)  # meta knows no autocast
 
 
 def refuse_narrow(*factors):
     narrow = [factor.dtype for factor in factors if factor.dtype in (torch.bfloat16, torch.float16)]
     if narrow:
-        raise TypeError(f"the adapters were cast to {narrow[0]}, too coarse for them: cast the model before "
+        raise TypeError(f"the adapters were cast to {narrow[0]}, too coarse to train: cast the model before "
                         f"apply_adapters, which then adds its parameters in float32")
 
 
@@ -319,12 +327,12 @@ class LoRA(nn.Module):
 
     def delta_weight(self):
         """dW (out, in)."""
-        with in_float32(self.lora_A):
+        with in_float32(self.lora_A, self.lora_B):
             return self.scaling * (self.lora_B @ self.lora_A)
 
     def forward(self, x, W0, bias=None):
         """See DualLoRA. It never builds dW: two thin products take its place."""
-        refuse_narrow(self.lora_A)
+        refuse_narrow(self.lora_A, self.lora_B)
         y = F.linear(x, W0, bias)
         Ax = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return (y + self.scaling * F.linear(Ax, self.lora_B)).to(y.dtype)
@@ -342,14 +350,14 @@ def apply_adapters(model, targets, adapter=DualLoRA, **settings):
     as it was, for a target that matches no linear layer and a layer that takes no adapter (check_layer).
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    names = [*linear_layers(unwrapped(model))]
+    names = [*linear_layers(model)]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unmatched or not targets:
         wrong = f"target {unmatched[0]!r} matches no linear layer" if targets else "targets is empty"
         raise ValueError(f"{wrong}: choose from {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
     ends = tuple(f".{target}" for target in targets)
-    with all_or_none(unwrapped(model)):
-        insert(unwrapped(model), {name: (adapter, settings) for name in names if f".{name}".endswith(ends)})
+    with all_or_none(model):
+        insert(model, {name: (adapter, settings) for name in names if f".{name}".endswith(ends)})
     return model
 
 
@@ -368,8 +376,8 @@ def set_warmup(model, factor):
 def adapter_state_dict(model):
     """{name: tensor}, not copied: the adapters, whatever else is trainable, such as a head, and persistent buffers."""
     ours = {f"{name}.adapter.{key}" for name, layer in adapted_layers(model).items()
-            for key in layer.adapter.state_dict()}  # the name alone would not tell: peft has a lora_A too
-    return {plain_name(name): t.detach() for name, t in named_tensors(model).items()
+            for key in layer.adapter.state_dict()}  # frozen ones too
+    return {name: t.detach() for name, t in named_tensors(model).items()
             if t.requires_grad or name in ours or not isinstance(t, nn.Parameter)}
 
 
@@ -381,10 +389,10 @@ def save_adapter(model, path):
     adapters, state = {}, adapter_state_dict(model)
     for name, layer in adapted_layers(model).items():
         refuse_narrow(*layer.adapter.parameters())
-        adapters[plain_name(name)] = type(layer.adapter).__name__, layer.adapter.settings
-    refuse_absent(model, {name: t for name, t in named_tensors(model).items() if plain_name(name) in state})
-    for name, t in state.items():
-        state[name] = (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()  # a view's storage is larger
+        adapters[name] = type(layer.adapter).__name__, layer.adapter.settings
+    refuse_absent(model, state)
+    for name, t in state.items():  # cloned, since torch.save writes a view's whole storage
+        state[name] = (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()
     save_atomically({"adapters": adapters, "state": state}, path)
 
 
@@ -395,20 +403,17 @@ def load_adapter(model, path):
     What the file holds becomes trainable, all else is frozen. ValueError, with the model as it was, where the file is
     damaged, or a name or shape in file and model differ.
     """
-    inner = unwrapped(model)
     adapters, state = read_adapter(path)
-    with all_or_none(inner), torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-        try:
-            insert(inner, adapters)
-        except TypeError as error:  # a setting that the class does not know
-            raise ValueError(f"{path}: {error}") from None
-        tensors = named_tensors(inner)
-        for name in sorted(state.keys() | adapter_state_dict(inner).keys()):
+    with all_or_none(model), torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+        insert(model, adapters)
+        tensors = named_tensors(model)
+        for name in sorted(state.keys() | adapter_state_dict(model).keys()):
             if name not in state or name not in tensors:
                 raise ValueError(f"{path} {'has' if name in state else 'lacks'} {name!r}, unlike this model")
-            if getattr(state[name], "shape", None) != tensors[name].shape:
-                raise ValueError(f"{path}: {name!r} has shape {[*getattr(state[name], 'shape', '?')]}, "
+            if state[name].shape != tensors[name].shape:
+                raise ValueError(f"{path}: {name!r} is {[*state[name].shape]} there, "
                                  f"and {[*tensors[name].shape]} in this model")
+        refuse_absent(model, state)
         with torch.no_grad():
             for name, value in state.items():
                 tensors[name].copy_(value)
@@ -426,10 +431,10 @@ def merge_adapters(model):
     """
     layers = mergeable_layers(model)
     for name, layer in layers.items():
-        if layer.merged_weight is not None:
-            raise ValueError(f"{name} is inside `merged`: leave that first")
-        if "forward" in vars(layer):
-            raise ValueError(f"{name} has got another forward, as by accelerate's hooks: remove that first")
+        refuse_narrow(*layer.adapter.parameters())
+        if layer.merged_weight is not None or "forward" in vars(layer):
+            raise ValueError(f"{name} is inside `merged`, or has another forward, as by accelerate's hooks: end that "
+                             f"first")
     for layer in layers.values():
         W = layer.weight.contiguous()
         restore(layer).weight = nn.Parameter(W, requires_grad=False)
@@ -456,8 +461,9 @@ def merged(model):
         with torch.inference_mode(False):
             for layer in layers:
                 if layer.merged_weight is not None:
-                    layer.W0.data = layer.W0.data.to(layer.merged_weight.device)
-                    del layer.merged_weight
+                    device = layer.merged_weight.device
+                    del layer.merged_weight  # first, to make room
+                    layer.W0.data = layer.W0.data.to(device)
 
 
 # ---- What they are made of -------------------------------------------------------------------------------------------
@@ -467,11 +473,10 @@ def plain_settings(**settings):
     """The settings as plain numbers, which a file can hold. ValueError for one out of its range."""
     for name, value in settings.items():
         if name in ("r", "r1", "r2"):
-            fits, expected = isinstance(value, numbers.Integral) and value >= 1, "a whole number, 1 or more"
-        elif name == "dropout":
-            fits, expected = 0 <= value < 1, "at least 0 and below 1"
+            fits, expected = isinstance(value, numbers.Integral) and value >= 1, "a whole number from 1 on"
         else:
-            fits, expected = 0 < value < math.inf, "a number above 0"
+            fits, expected = (0 <= value < 1, "from 0 to below 1") if name == "dropout" else (
+                0 < value < math.inf, "above 0")
         if not fits:
             raise ValueError(f"{name} is {value!r}: it should be {expected}")
     return {name: (int if isinstance(value, numbers.Integral) else float)(value) for name, value in settings.items()}
@@ -509,18 +514,20 @@ def insert(model, plan):
     for name, (cls, settings) in plan.items():
         if name not in linears:
             raise ValueError(f"{name} is no linear layer of this model")
-        check_layer(model, name, owners)
+        check_layer(linears[name], name, owners)
         shape = linears[name].weight.shape
-        adapters[name] = cls(*(shape if isinstance(linears[name], nn.Linear) else reversed(shape)), **settings)
+        try:
+            adapters[name] = cls(*(shape if isinstance(linears[name], nn.Linear) else reversed(shape)), **settings)
+        except TypeError as error:  # a setting that the class does not know
+            raise ValueError(f"{name}: {error}") from None
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in earlier)
     for name, adapter in adapters.items():
         adapt(linears[name], adapter)
 
 
-def check_layer(model, name, owners):
+def check_layer(linear, name, owners):
     """Refuse layers that would silently give wrong results: ValueError."""
-    linear, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     weight, kind = linear._parameters.get("weight"), type(linear).__name__
     own_forward = "forward" in vars(linear) or (
         isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward)
@@ -529,19 +536,16 @@ def check_layer(model, name, owners):
     shared = owners[id(weight)] if weight is not None else []
     for refused, why in (
             (isinstance(linear, AdaptedLinear), "has an adapter already: merge it, or start from a fresh model"),
-            (getattr(owner, "base_layer", None) is linear, "is inside a layer of peft: merge peft's adapter first"),
+            (name.endswith(".base_layer"), "is inside a layer of peft: merge peft's adapter first"),
             (own_forward, f"is a {kind} with its own forward pass, which would be lost"),
             (taken, f"is a {kind} with its own {', '.join(taken)}, a name that an adapted layer needs"),
             (weight is None, "has a computed weight, as by weight_norm or pruning: remove that first"),
             (not plain, f"has a {type(weight).__name__} as its weight, of {getattr(weight, 'dtype', None)}: "
                         f"dequantise first, and shard a model afterwards"),
-            (plain and not weight.numel(), NO_ELEMENTS),
+            (plain and not weight.numel(), "has a weight without elements here, as under DeepSpeed's ZeRO-3"),
             (len(shared) > 1, f"shares its weight ({' and '.join(shared)}): an adapter would not reach both")):
         if refused:
             raise ValueError(f"{name} {why}")
-
-
-NO_ELEMENTS = "has no elements here, as under DeepSpeed's ZeRO-3: call this inside deepspeed.zero.GatheredParameters"
 
 
 def mergeable_layers(model):
@@ -550,39 +554,42 @@ def mergeable_layers(model):
     if any(hasattr(m, "reshard") for m in unwrapped(model).modules()):  # what fully_shard adds
         raise ValueError("the model is sharded by fully_shard: evaluate without `merged`. To merge, save_adapter, and "
                          "load_adapter on a model that is not sharded")
-    refuse_absent(model, {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()})
+    names = [f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters()]
+    refuse_absent(model, [name.lstrip(".") for name in names])  # the model may be a layer itself
     return layers
 
 
-def refuse_absent(model, tensors):
-    """ValueError for values that are not in this process, with the way out."""
+def refuse_absent(model, names):
+    """ValueError for a tensor of these names whose values are not in this process, with the way out."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in unwrapped(model).modules()):
         raise ValueError("FullyShardedDataParallel renames the parameters: use torch's fully_shard")
-    for name, t in tensors.items():
-        if t.is_meta:
+    tensors = named_tensors(model)
+    for name in names:
+        if tensors[name].is_meta:
             raise ValueError(f"{name} is on the meta device, without values: bring the model to one device first")
-        if isinstance(t, nn.Parameter) and not t.numel():
-            raise ValueError(f"{name} {NO_ELEMENTS}")
+        if isinstance(tensors[name], nn.Parameter) and not tensors[name].numel():
+            raise ValueError(f"{name} has no elements here, as under DeepSpeed's ZeRO-3: call this inside "
+                             f"deepspeed.zero.GatheredParameters")
 
 
 def linear_layers(model):
     """{name: module} of all linear layers, adapted ones and Hugging Face's Conv1D too."""
-    return {name: m for name, m in model.named_modules()
+    return {plain_name(name): m for name, m in unwrapped(model).named_modules()
             if name and (isinstance(m, nn.Linear) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf")))}
 
 
 def adapted_layers(model):
     """{name: AdaptedLinear}. ValueError if there is none: whoever calls a verb expects some."""
-    layers = {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
+    layers = {plain_name(name): m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
     if not layers:
-        raise ValueError("the model has no adapters that this dual_lora.py made (a file that is reloaded, or imported "
-                         "under two names, does not know its other copy's)")
+        raise ValueError("the model has no adapters of this dual_lora.py (a reloaded or second copy has its own)")
     return layers
 
 
 def named_tensors(model):
     """{name: tensor} of all parameters and persistent buffers."""
-    return {name: t for name, t in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    tensors = unwrapped(model).state_dict(keep_vars=True)
+    return {plain_name(name): t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
 def unwrapped(model):
@@ -615,9 +622,9 @@ def read_adapter(path):
     open(path, "rb").close()  # a missing file raises its own error here
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        classes = adapter_classes(nn.Module)
+        classes = adapter_classes(nn.Module) | {"DualLoRA": DualLoRA, "LoRA": LoRA}
         adapters = {name: (classes[cls], {**settings}) for name, (cls, settings) in content["adapters"].items()}
-        return adapters, content["state"]
+        return adapters, {name: t.cpu() for name, t in content["state"].items()}
     except Exception as error:  # torch raises half a dozen kinds for a file cut short
         raise ValueError(f"{path} is cut short, of an earlier dual_lora.py, or not by save_adapter "
                          f"({' '.join(f'{type(error).__name__}: {error}'.split())[:60]})") from None

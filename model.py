@@ -2,7 +2,7 @@
 
     model = load_pretrained("path/to/folder")           # a GPT or an Encoder, as its config.json says
     logits, loss = gpt(idx, targets)                    # idx (B, T) token ids, logits (B, T, vocab_size)
-    logprobs, likeliest = gpt.answer_logprobs(idx, is_answer)  # of the tokens that is_answer (B, T) marks
+    logprobs = gpt.answer_logprobs(idx, is_answer)      # of the tokens that is_answer (B, T) marks
     new = gpt.generate(idx, mask, max_new_tokens=32)    # greedy, with a key-value cache; padding on the left
     hidden = encoder(idx, mask)                         # (B, T, n_embd)
     scores = Classifier(encoder, n_classes)(idx, mask)  # (B, n_classes)
@@ -17,6 +17,7 @@ In the shapes B is the batch, T the tokens passed in, S all tokens so far, nh th
 import json
 import math
 import struct
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,16 +125,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_
 class MLP(nn.Module):
     def __init__(self, cfg, gated, bias):
         super().__init__()
-        self.activation = cfg.activation
+        self.activate = ACTIVATIONS[cfg.activation]
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=bias) if gated else None
         self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=bias)
         self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=bias)
 
     def forward(self, x):
-        activate = ACTIVATIONS[self.activation]
         if self.gate_proj is None:
-            return self.down_proj(activate(self.up_proj(x)))
-        return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activate(self.up_proj(x)))
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
 
 
 def run_layers(model, x, *args):
@@ -219,8 +219,8 @@ class GPT(nn.Module):
         positions, allowed = torch.arange(S, device=idx.device), None
         if mask is not None or S > T:
             #   keys:     pad pad The cat
-            #   query pad  x   .   .   .    A query sees the real tokens up to itself, and itself:
-            #         pad  .   x   .   .    before torch 2.5, padding that sees nothing is NaN.
+            #   query pad  x   .   .   .    A query sees the real tokens up to itself, and itself,
+            #         pad  .   x   .   .    since a softmax over nothing is NaN.
             #         The  .   .   x   .    Their positions are 0 0 0 1.
             #         cat  .   .   x   x    With a cache only the last T lines are made.
             query, key = positions[-T:, None], positions
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def answer_logprobs(self, idx, is_answer):
-        """Log-probability of each token that is_answer marks (n,), row after row, and whether it is the likeliest (n,).
+        """Log-probability of each token that is_answer marks (n,), row after row.
 
         idx, is_answer (B, T), padded on the right. A row's first token is never an answer: nothing predicts it.
         """
@@ -254,7 +254,7 @@ class GPT(nn.Module):
         answers = idx[row, t + 1]
         x = self.hidden(idx[:, :-1])[row, t]  # (n, n_embd): the token before each answer token predicts it
         logits = self.lm_head(x).float()      # (n, vocab_size): the vocabulary is wide, so for answers alone
-        return -F.cross_entropy(logits, answers, reduction="none"), logits.argmax(1) == answers
+        return -F.cross_entropy(logits, answers, reduction="none")
 
     @torch.no_grad()
     def generate(self, idx, mask=None, max_new_tokens=32, eos=None):
@@ -323,7 +323,7 @@ class EncoderBlock(nn.Module):
         if conv:
             self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, cfg.conv_kernel, padding=(cfg.conv_kernel - 1) // 2)
             self.conv_norm = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
-            self.conv_activation = cfg.conv_activation
+            self.conv_activate = ACTIVATIONS[cfg.conv_activation]
 
     def forward(self, x, allowed, relative=None, real=None):
         y = self.norm1(x + self.attention(x, allowed, relative))
@@ -332,7 +332,7 @@ class EncoderBlock(nn.Module):
             return y
         # real (B, T, 1) is 0 at padding, which the convolution would otherwise carry into its neighbours
         beside = self.conv((x * real).mT).mT * real  # (B, T, n_embd)
-        return self.conv_norm(y + ACTIVATIONS[self.conv_activation](beside)) * real
+        return self.conv_norm(y + self.conv_activate(beside)) * real
 
 
 class Encoder(nn.Module):
@@ -388,8 +388,10 @@ class Encoder(nn.Module):
             #   bucket    0  1  2  3  4   5    6      7
             mid = cfg.relative_buckets // 2
             far = distance.abs().clamp(min=mid)
-            steps = torch.log(far / mid) / torch.log(torch.tensor((cfg.relative_furthest - 1) / mid)) * (mid - 1)
-            distance = torch.where(far <= mid, distance, distance.sign() * (steps.ceil().long() + mid))
+            # 0 at the distance mid, 1 at the furthest; logarithms in float32, as in the original, since ceil follows
+            share = torch.log(far / mid) / torch.log(torch.tensor((cfg.relative_furthest - 1) / mid))
+            bucket = mid + (share * (mid - 1)).ceil().long()
+            distance = torch.where(far <= mid, distance, distance.sign() * bucket)
         # distance 0 is row `span`; T tokens reach at most T - 1 rows from it, so the rest need no norm and no product
         first, last = max(0, span - T + 1), min(2 * span, span + T)
         table = self.distance_embed.weight[first:last]
@@ -398,7 +400,11 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A head over the mean of an Encoder's real tokens, or over a GPT's last one. n_classes = 1 is regression."""
+    """A head over the mean of an Encoder's real tokens, or over a GPT's last one. n_classes = 1 is regression.
+
+    The mean, and not the first token: all-MiniLM was trained with it, and the published RoBERTa and DeBERTa hold no
+    trained weights for reading the first token.
+    """
 
     def __init__(self, backbone, n_classes):
         super().__init__()
@@ -415,8 +421,8 @@ class Classifier(nn.Module):
             last = idx.shape[1] - 1 - real.flip(1).int().argmax(1)  # (B,)
             pooled = x[torch.arange(len(x), device=x.device), last]
         else:
-            x = self.backbone(idx, mask, token_type) * real[..., None]
-            pooled = x.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+            x = self.backbone(idx, mask, token_type) * real[..., None]  # (B, T, n_embd)
+            pooled = x.sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # a row of padding alone gives 0, not NaN
         return self.head(pooled.to(self.head.weight.dtype))
 
 
@@ -561,22 +567,23 @@ FAMILIES = {
 }
 PREFIXES = ("transformer.", "model.", "bert.", "roberta.", "deberta.")  # some files put one before every name
 HEADS = ("pooler.", "cls.", "classifier.", "qa_outputs.", "score.", "lm_head.", "lm_predictions.", "mask_predictions.")
+FINE_TUNED = {"classifier", "qa_outputs", "score"}  # of them
 UNREAD = ("embeddings.position_embeddings.weight",  # DeBERTa-v3's
           "position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu"):
-    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. .family is its
-    model_type. Completely or not at all: ValueError names what is missing, unexpected or misshapen, and the file."""
+    """The GPT or Encoder of a folder in the layout of the Hub, in evaluation mode. Completely or not at all: ValueError
+    names what is missing, unexpected or misshapen, and the file. A fine-tuned head there is not read, and one line on
+    stderr says so."""
     folder = Path(folder)
-    (model_class, _, names), config, kind = read_config(folder / "config.json")
+    (model_class, _, names), config, _ = read_config(folder / "config.json")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
         model = model_class(config).to(dtype)
     model.to_empty(device=device)
     if isinstance(model, GPT) and config.tied:
         model.lm_head.weight = model.embed.weight  # shared once more: to_empty gave each layer memory of its own
     copy_weights(model, names, folder)
-    model.family = kind
     return model.eval()
 
 
@@ -600,8 +607,8 @@ def read_config(path):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not there, or is not JSON ({error})") from None
 
 
@@ -618,15 +625,17 @@ def unfused(name, tensor, n_head):
 @torch.no_grad()
 def copy_weights(model, names, folder):
     """Copy the folder's tensors to the parameters. Each tensor must have a place, and each parameter get a tensor."""
-    places = {}  # name of their tensor: names of our parameters
+    # {name of their tensor: names of our parameters}: "h.0.ln_1.bias" goes to ["layers.0.norm1.bias"]
+    places = {}
     for theirs, ours in names.items():
         for kind in (".weight", ".bias", ""):  # "": DeBERTa v1's q_bias and v_bias are tensors by themselves
             for i in range(len(model.layers)):
                 places[(theirs + kind).format(i=i)] = [(name + kind).format(i=i) for name in ours.split()]
+    # A tied weight is one parameter with two names, and may come under either, or under both. So a parameter is found
+    # by each of its names, and what is missing is kept by identity.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # by identity: a tied weight is one parameter with two names, and may come under either, or under both
     missing = {id(p): name for name, p in model.named_parameters()}
-    files = set()
+    files, heads = set(), set()
     for name, tensor, path in read_weights(folder):
         files.add(path.name)
         for prefix in PREFIXES:
@@ -635,6 +644,7 @@ def copy_weights(model, names, folder):
         targets = places.get(name, [])
         if not targets or any(target not in parameters for target in targets):
             if name.startswith(HEADS) or name.endswith(UNREAD):
+                heads.add(name.partition(".")[0])
                 continue
             raise ValueError(f"{path} holds tensor {name!r}, for which this model has no place")
         pieces = unfused(name, tensor, model.config.n_head).tensor_split(len(targets))
@@ -650,6 +660,8 @@ def copy_weights(model, names, folder):
     if missing:
         first = ", ".join(list(missing.values())[:3])
         raise ValueError(f"{folder}: no tensor for {first} in {', '.join(sorted(files))} ({len(missing)} missing)")
+    for head in heads & FINE_TUNED:
+        print(f"{folder}: the fine-tuned head there ({head}) is not used, only the layers below it", file=sys.stderr)
 
 
 def read_weights(folder):
@@ -685,7 +697,7 @@ def read_safetensors(path):
             rows = [(name, row["dtype"], row["shape"], *row["data_offsets"])
                     for name, row in header.items() if name != "__metadata__"]
             end = 8 + length + max(last for *_, last in rows)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is cut short, or no safetensors file ({error})") from None
         if end != size:
             raise ValueError(f"{path} is cut short or damaged: its header promises {end} bytes, there are {size}")

@@ -7,8 +7,8 @@
 
 Every option is a line of Config, --name=value sets it. An encoder gets a head on top, and so does a GPT on
 classification. A GPT on multiple choice learns to continue the question with the right answer.
-A run keeps checkpoint.pt in --out_dir, for --resume=true. In the end it leaves adapter.pt, what was trained, and
-metrics.jsonl, the losses and the result, for --predict.
+A run keeps checkpoint.pt in --out_dir, for --resume=true, and writes its losses to metrics.jsonl. In the end it leaves
+adapter.pt, what was trained, and the result as the last line of metrics.jsonl, for --predict.
 """
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import typing
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import instruct
 from data.batches import (SEED_STRIDE, batches_by_length, by_choice, collate, collate_left, encode_examples,
@@ -32,16 +34,13 @@ from data.batches import (SEED_STRIDE, batches_by_length, by_choice, collate, co
 from data.download import model_folder
 from data.jsonl import read_jsonl
 from data.metrics import METRICS, summarise
-from data.tasks import Task, first_of_each, load_task
+from data.runs import (as_example, check_same_data, data_of, describe, finished_run, interrupts_held, note,
+                       open_run_folder, read_tensors, settings_to_keep)
+from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
-from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged, save_adapter,
-                       save_atomically, set_warmup)
+from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged,
+                       save_adapter, save_atomically, set_warmup)
 from model import GPT, Classifier, load_pretrained
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
@@ -53,6 +52,7 @@ METHODS = {
     "linear_probe": (None, ()),  # the head alone
 }
 PROTOCOLS, DTYPES = ("likelihood", "instruct"), ("float32", "bfloat16")
+FULL_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 
 
 def option(default, help, choices=None):
@@ -66,28 +66,28 @@ class Config:
     data_dir: str | None = option(None, "folder with GLUE's files, or LLM-Adapters' clone, to read instead of fetching")
     model: str | None = option(None, "minilm, smollm2 (the default on multiple choice), a Hub name or a folder")
     method: str = option("dual_lora", "what is trained", METHODS)
-    protocol: str = option("likelihood", "a GPT's on multiple choice: compare answers, or write", PROTOCOLS)
+    protocol: str = option("likelihood", "for a GPT on multiple choice: score the choices, or generate", PROTOCOLS)
     train_on_prompt: bool = option(False, "under instruct: learn the prompt too, as LLM-Adapters does")
-    metric: str | None = option(None, "the main one; default the task's", METRICS)
+    metric: str | None = option(None, "the metric to report first, if not the task's own", METRICS)
     # adapters
     targets: str = option("q_proj,v_proj", "layers that get an adapter, by the last part of their names")
     r: int = option(8, "rank of LoRA; Dual LoRA takes r1 = r2 = r / 2, at equal parameters")
     r1: int | None = option(None, "rank of Dual LoRA's magnitude group, if not r / 2")
     r2: int | None = option(None, "rank of Dual LoRA's direction group, if not r / 2")
-    alpha: float = option(16.0, "scale of dW")
-    dropout: float = option(0.0, "on the adapters' input")
-    init_std: float | None = option(None, "of Dual LoRA's four matrices; dual_lora.py, \"How to set it\"")
-    scale_warmup_steps: int | None = option(None, "in which Dual LoRA's dW grows; default 30, at most a third")
+    alpha: float = option(16.0, "scale of dW, which is what an adapter adds to a layer's weight W0")
+    dropout: float = option(0.0, "dropout on the adapters' input")
+    init_std: float | None = option(None, "spread of Dual LoRA's four matrices at the start; default 0.05 (GPT: 0.02)")
+    scale_warmup_steps: int | None = option(None, "steps until Dual LoRA's dW counts in full; default 30 or fewer")
     # optimisation
-    learning_rate: float | None = option(None, "AdamW's, at its peak")
-    lr_warmup_steps: int | None = option(None, "steps in which it grows, by default 6 %% of all; then it falls to 0")
+    learning_rate: float | None = option(None, "AdamW's, at its peak; default by model and method")
+    lr_warmup_steps: int | None = option(None, "steps in which the rate rises, then it falls to 0; default 6 %% of all")
     batch_size: int = option(32, "examples a step")
-    micro_batch_size: int | None = option(None, "examples at once, if not all; dW is built anew for each")
-    max_steps: int | None = option(None, "steps; 0 evaluates the model as it is")
-    epochs: float | None = option(None, "passes over the training data, instead of max_steps")
+    micro_batch_size: int | None = option(None, "examples at once, if not all of a step; dW is built anew for each")
+    max_steps: int | None = option(None, "steps, whatever the data's size; default 560 (GPT: 200); 0: the base model")
+    epochs: float | None = option(None, "passes over the data, instead of max_steps; a last smaller batch is left out")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     # data, evaluation, files
-    max_length: int | None = option(None, "tokens; longer texts are cut")
+    max_length: int | None = option(None, "tokens of a text or pair; longer ones are cut; default 128 (GPT: 256)")
     eval_interval: int | None = option(None, "steps between evaluations, besides the one at the end")
     eval_examples: int | None = option(None, "evaluate on the first so many validation examples of each set")
     held_out: bool = option(False, "validate on held-out training data: tune with this")
@@ -97,100 +97,55 @@ class Config:
     gradient_checkpointing: bool = option(False, "form activations again in the backward pass: less memory, more time")
     seed: int = option(0, "for the head, the adapters, the data order and dropout, each with a generator of its own")
     device: str = option("auto", "auto takes cuda, else mps, else cpu")
-    dtype: str = option("auto", "of the products; auto: bfloat16 on a GPU that computes it", ("auto", *DTYPES))
-    weights: str = option("float32", "of the frozen weights", DTYPES)
+    dtype: str = option("auto", "number format to compute in; auto: bfloat16 on a GPU that has it", ("auto", *DTYPES))
+    weights: str = option("float32", "number format of the frozen weights", DTYPES)
     out_dir: str | None = option(None, "the run's folder; default out/TASK-METHOD")
-    resume: bool = option(False, "go on from the folder's checkpoint, if it has one")
+    resume: bool = option(False, "go on from the folder's checkpoint, if it has one, with that run's options")
     overwrite: bool = option(False, "start anew where another run is; its files stay until there are new ones")
-    predict: str | None = option(None, "a JSONL file: no training, print what the run in out_dir says of each line")
+    predict: str | None = option(None, "a JSONL file, or - for standard input: what the run in out_dir says of it")
+    given: frozenset | None = None  # no option: the names of those that were given, at their default or not
 
     def __post_init__(self):
+        if self.given is None:
+            self.given = frozenset(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         if self.out_dir is None:
             self.out_dir = f"out/{Path(self.task).resolve().name}-{self.method}"
+        for name in ("task", "model", "data_dir"):  # a run is gone on with, and used, from other folders too
+            path = getattr(self, name)
+            if path is not None and path not in (*TASKS, *FULL_NAMES) and os.path.isdir(path):
+                setattr(self, name, os.path.abspath(path))
+
+
+def settings_of(cfg):
+    """The options that make a run what it is, {name: value}."""
+    return {name: value for name, value in vars(cfg).items()
+            if name not in ("out_dir", "resume", "overwrite", "predict", "given")}
 
 
 # ---- Defaults: what is not set, by kind of model. Each row was measured with one small model. ------------------------
 
-RIGHT_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
-ENCODERS = dict(init_std=0.05, max_length=128, max_steps=560,
-                rates={"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2})
-GPTS = dict(init_std=0.02, max_length=256, max_steps=200,
-            rates={"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3})
+ENCODERS = {"init_std": 0.05, "max_length": 128, "max_steps": 560,
+            "learning_rate": {"dual_lora": 2e-3, "lora": 1e-3, "full": 5e-5, "linear_probe": 2e-2}}
+GPTS = {"init_std": 0.02, "max_length": 256, "max_steps": 200,
+        "learning_rate": {"dual_lora": 4e-3, "lora": 2e-3, "full": 2e-4, "linear_probe": 5e-3}}
 NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
 
-def fill(cfg, is_gpt, longest, n_train):
-    """cfg with every option set that does something. longest: how many tokens the model takes."""
-    source, row = ("SmolLM2-135M-Instruct", GPTS) if is_gpt else ("all-MiniLM-L6-v2", ENCODERS)
-    steps = row["max_steps"]
-    if cfg.epochs is not None:
-        steps = max(1, round(cfg.epochs * max(1, n_train // cfg.batch_size)))
-    values = {"learning_rate": row["rates"].get(cfg.method, row["rates"]["lora"]), "max_steps": steps,
-              "max_length": min(row["max_length"], longest)}
-    if "init_std" in METHODS[cfg.method][1]:
-        values["init_std"] = row["init_std"]
-    unset = {name: value for name, value in values.items() if getattr(cfg, name) is None}
-    if unset:
-        print(f"not set, so as measured on {source} (another model may want another learning rate): "
-              + ", ".join(f"{name} {value:g}" for name, value in unset.items()))
-    cfg = dataclasses.replace(cfg, **unset, r1=cfg.r1 or cfg.r // 2, r2=cfg.r2 or cfg.r // 2)
-    if cfg.lr_warmup_steps is None:
-        cfg.lr_warmup_steps = round(0.06 * cfg.max_steps)
-    if cfg.scale_warmup_steps is None:  # a trial of 20 steps should see dW at its full size
-        cfg.scale_warmup_steps = min(30, max(1, cfg.max_steps // 3))
-    if cfg.max_length > longest:
+def with_defaults(cfg, measured, longest):
+    """cfg with every option set that does something. measured: a row of the above; longest: the model's most tokens."""
+    longest -= NEW_TOKENS if cfg.protocol == "instruct" else 0
+    if (cfg.max_length or 0) > longest:
         raise ValueError(f"--max_length={cfg.max_length}: this model takes at most {longest} tokens")
-    return cfg
+    steps = measured["max_steps"] if cfg.max_steps is None else cfg.max_steps
+    rates = measured["learning_rate"]
+    values = {"max_steps": steps, "max_length": min(measured["max_length"], longest), "init_std": measured["init_std"],
+              "learning_rate": rates.get(cfg.method, rates["lora"]), "lr_warmup_steps": round(0.06 * steps),
+              "r1": cfg.r // 2, "r2": cfg.r // 2,
+              "scale_warmup_steps": min(30, max(1, steps // 3))}  # a trial of 20 steps should see dW in full
+    return dataclasses.replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-
-
-def build(cfg, task=None, adapter=None):
-    """(cfg with every option set, task, tokenizer, model, encode), where encode turns examples into rows of ids.
-
-    The model has a head where the task needs one, and new adapters, or those of the file `adapter`. All else is frozen.
-    """
-    cfg = pick_device(cfg)
-    if task is None:
-        task = load_task(cfg.task, cfg.data_dir, cfg.metric, cfg.held_out)
-        task.validation = first_of_each(task.validation, cfg.eval_examples)
-        print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} "
-              f"{'held-out ones ' if cfg.held_out else ''}to validate. {task.note}", flush=True)
-    cfg.model = cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm")
-    folder = model_folder(cfg.model)
-    tokenizer = Tokenizer(folder)
-    model = load_pretrained(folder, getattr(torch, cfg.weights), cfg.device)
-    is_gpt, writes = isinstance(model, GPT), cfg.protocol == "instruct"
-    tokenizer.check(model.embed.num_embeddings, not is_gpt)
-    has_head = not (is_gpt and task.kind == "multiple_choice")
-    if has_head and writes:
-        raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, not {cfg.model} on {task.name}")
-    if cfg.method == "linear_probe" and not has_head:
-        raise ValueError("--method=linear_probe trains a head, and a GPT on multiple choice has none")
-    cfg = fill(cfg, is_gpt, model.max_length - NEW_TOKENS * writes, len(task.train))
-
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    if has_head:
-        torch.manual_seed(cfg.seed)
-        model = Classifier(model, task.n_outputs).to(cfg.device)
-    model.requires_grad_(cfg.method == "full")
-    layer, options = METHODS[cfg.method]
-    if adapter is not None and layer is None:
-        model.load_state_dict(torch.load(adapter, map_location=cfg.device, weights_only=True), strict=False)
-    elif adapter is not None:
-        load_adapter(model, adapter)
-    elif layer is not None:
-        torch.manual_seed(cfg.seed + 1)
-        targets = [target.strip() for target in cfg.targets.split(",")]
-        apply_adapters(model, targets, layer, **{name: getattr(cfg, name) for name in options})
-    if has_head:
-        model.head.requires_grad_(True)
-    if cfg.compile:
-        compile_training(model)
-    encode = partial(encode_examples, tokenizer=tokenizer, is_gpt=is_gpt, max_length=cfg.max_length,
-                     protocol=cfg.protocol, train_on_prompt=cfg.train_on_prompt)
-    return cfg, task, tokenizer, model.train(), encode
 
 
 def pick_device(cfg):
@@ -203,10 +158,61 @@ def pick_device(cfg):
     if dtype == "auto":  # cards before compute capability 8, such as a T4, only emulate bfloat16
         fast = device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 8
         dtype = "bfloat16" if fast else "float32"
-    # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass. This switch is
-    # the CPU's too, and all the process's.
-    torch.backends.cuda.enable_flash_sdp(device != "cpu")
     return dataclasses.replace(cfg, device=device, dtype=dtype)
+
+
+def load_base(cfg):
+    """(tokenizer, the pre-trained GPT or Encoder) of cfg.model."""
+    folder = model_folder(cfg.model)
+    tokenizer, base = Tokenizer(folder), load_pretrained(folder, getattr(torch, cfg.weights), cfg.device)
+    tokenizer.check(base.embed.num_embeddings, not isinstance(base, GPT))
+    return tokenizer, base
+
+
+def add_trained(cfg, base, kind, n_outputs, file=None):
+    """The model to train: base, with a head where the task needs one, and with adapters. All else is frozen. What is
+    trained is new, or from an adapter.pt."""
+    has_head = not (isinstance(base, GPT) and kind == "multiple_choice")
+    if has_head and cfg.protocol == "instruct":
+        raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, and this is {cfg.model} on {kind}")
+    if cfg.method == "linear_probe" and not has_head:
+        raise ValueError("--method=linear_probe trains a head, and a GPT on multiple choice has none")
+    torch.manual_seed(cfg.seed)
+    model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
+    model.requires_grad_(cfg.method == "full")
+    adapter, options = METHODS[cfg.method]
+    if file is not None and adapter:
+        load_adapter(model, file)
+    elif file is not None:
+        load_parameters(model, file)
+    elif adapter:
+        torch.manual_seed(cfg.seed + 1)
+        targets = [target.strip() for target in cfg.targets.split(",")]
+        apply_adapters(model, targets, adapter, **{name: getattr(cfg, name) for name in options})
+    if has_head:
+        model.head.requires_grad_(True)
+    return model.train()
+
+
+def load_parameters(model, file):
+    """What load_adapter does, for a method without adapters."""
+    try:
+        unknown = model.load_state_dict(read_tensors(file), strict=False).unexpected_keys
+    except RuntimeError:
+        unknown = ["a shape"]
+    if unknown:
+        raise ValueError(f"{file} has {unknown[0]}, unlike this model")
+
+
+def encode(cfg, base, tokenizer, examples):
+    """The examples as rows of ids; no row is longer than cfg.max_length."""
+    return encode_examples(examples, tokenizer, isinstance(base, GPT), cfg.max_length, cfg.protocol,
+                           cfg.train_on_prompt)
+
+
+def adapted(model):
+    """The layers with an adapter. full and linear_probe have none, and verbs such as `merged` refuse that."""
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def autocast_of(cfg):
@@ -231,7 +237,7 @@ def batch_loss(model, kind, batch, pad, device):
     """Sum of the losses of a batch: over examples, or for a GPT on multiple choice over the right answers' tokens."""
     if not isinstance(model, Classifier):
         idx, _, is_answer = collate([example.rows[example.label] for example in batch], pad, device)
-        return -model.answer_logprobs(idx, is_answer)[0].sum()
+        return -model.answer_logprobs(idx, is_answer).sum()
     labels = torch.tensor([example.label for example in batch], device=device)
     logits = model(*collate([row for example in batch for row in example.rows], pad, device)).float()
     if kind == "regression":
@@ -247,42 +253,48 @@ def score(model, examples, pad, device):
     rows = [row for example in examples for row in example.rows]
     scores = [None] * len(rows)
     for chosen in batches_by_length([len(row.ids) for row in rows]):
-        idx, mask, second = collate([rows[i] for i in chosen], pad, device)  # second: a pair's, or a GPT's answer
+        idx, mask, in_second_part = collate([rows[i] for i in chosen], pad, device)
         if isinstance(model, Classifier):
-            found = model(idx, mask, second).float().cpu()  # (rows, classes)
-        else:  # the log-probability of the whole answer
-            parts = model.answer_logprobs(idx, second)[0].split(second.sum(1).tolist())
-            found = torch.stack([part.sum() for part in parts])[:, None].cpu()  # (rows, 1)
+            found = model(idx, mask, in_second_part).float().cpu()  # (rows, classes)
+        else:  # the second part is the answer: the log-probability of all of it
+            logprobs = model.answer_logprobs(idx, in_second_part).split(in_second_part.sum(1).tolist())
+            found = torch.stack([part.sum() for part in logprobs])[:, None].cpu()  # (rows, 1)
         for i, of_row in zip(chosen, found):
             scores[i] = of_row
-    in_order = iter(scores)
-    return [torch.cat([next(in_order) for _ in example.rows]) for example in examples]
+    scores = torch.stack(scores)  # (rows, classes), or (rows, 1)
+    check_finite(scores)
+    return [part.flatten() for part in scores.split([len(example.rows) for example in examples])]
+
+
+def check_finite(outputs):
+    if not outputs.isfinite().all():  # argmax would take NaN for the largest, and say nothing
+        raise FloatingPointError("the model's output is NaN or infinite: its weights are broken, or it overflows")
 
 
 @torch.no_grad()
-def write_answers(model, task, examples, tokenizer, device):
-    """What the model writes after each prompt, read as the name of an answer; None where it holds none."""
+def write_answers(model, examples, tokenizer, device, name):
+    """What the model writes after each prompt, read as an answer of the task `name`; None where it holds none."""
     answers = [None] * len(examples)
     for chosen in batches_by_length([len(example.prompt) + NEW_TOKENS for example in examples]):
         idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad, device)
+        check_finite(model(idx[:1], mask=mask[:1])[0])  # of one, since generate says nothing of NaN
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
-            answers[i] = instruct.extract(examples[i].set or task.name, tokenizer.decode(ids))
+            answers[i] = instruct.extract(examples[i].subset or name, tokenizer.decode(ids))
     return answers
 
 
 def evaluate(model, task, examples, tokenizer, device):
     """{metric: value}. Inside `merged` dW is built once, and not for every batch and every written token."""
     model.eval()
-    has_adapters = any(isinstance(m, AdaptedLinear) for m in model.modules())
-    with merged(model) if has_adapters else contextlib.nullcontext():
+    with merged(model) if adapted(model) else contextlib.nullcontext():
         if examples[0].prompt:
-            answers = write_answers(model, task, examples, tokenizer, device)
-            predictions = {"main": [int(answer == example.answer) for answer, example in zip(answers, examples)],
+            answers = write_answers(model, examples, tokenizer, device, task.name)
+            predictions = {"predicted": [int(answer == example.answer) for answer, example in zip(answers, examples)],
                            "failed": [int(answer is None) for answer in answers]}
         else:
             scores = score(model, examples, tokenizer.pad, device)
-            predictions = {"main": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
+            predictions = {"predicted": [s.item() if task.kind == "regression" else s.argmax().item() for s in scores]}
             if not isinstance(model, Classifier):  # by bytes too: a long answer is improbable, however right
                 per_byte = [s / torch.tensor(example.n_bytes) for s, example in zip(scores, examples)]
                 predictions["per_byte"] = [s.argmax().item() for s in per_byte]
@@ -293,112 +305,156 @@ def evaluate(model, task, examples, tokenizer, device):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
+def read_task(cfg):
+    task = load_task(cfg.task, cfg.data_dir, cfg.metric, cfg.held_out)
+    return dataclasses.replace(task, validation=first_of_each(task.validation, cfg.eval_examples))
+
+
 def train(cfg):
-    """One run. Returns the last line of metrics.jsonl, a dict."""
+    """One run. Returns its result, the last line of metrics.jsonl, a dict."""
     folder = Path(cfg.out_dir)
-    with claim(cfg) as earlier:
-        if "final" in earlier:
-            print(f"{folder} holds the finished run: {earlier['metric']} {earlier['value']:.4f}")
-            return earlier
-        cfg = dataclasses.replace(cfg, **earlier.get("settings", {}))
-        cfg, task, tokenizer, model, encode = build(cfg)
-        examples, validation = encode(task.train), encode(task.validation)
+    with open_run_folder(folder, cfg.resume, cfg.overwrite) as (checkpoint, result):
+        earlier = checkpoint or result
+        if earlier:
+            cfg = dataclasses.replace(cfg, **settings_to_keep(folder, earlier, cfg))
+        task = read_task(cfg)
+        data = data_of(task)
+        if earlier:
+            check_same_data(folder, earlier, data)
+        if result:
+            print(f"{folder} holds the finished run: {result['metric']} {result['value']:.4f}")
+            return result
+        print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} "
+              f"{'held-out ones ' if cfg.held_out else ''}to validate. {task.note}\n{describe(data)}", flush=True)
+
+        cfg = pick_device(cfg)
+        cfg.model = cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm")
+        n_batches = max(1, len(task.train) // cfg.batch_size)  # of an epoch
+        if cfg.epochs is not None:
+            cfg.max_steps = max(1, round(cfg.epochs * n_batches))
+        tokenizer, base = load_base(cfg)
+        measured = GPTS if isinstance(base, GPT) else ENCODERS
+        unset = [name for name in measured if getattr(cfg, name) is None]
+        cfg = with_defaults(cfg, measured, base.max_length)
+        model = add_trained(cfg, base, task.kind, task.n_outputs)
+        examples, validation = (encode(cfg, base, tokenizer, part) for part in (task.train, task.validation))
+        print_plan(cfg, model, examples + validation, unset)
+
+        base.gradient_checkpointing = cfg.gradient_checkpointing
+        if cfg.compile:
+            compile_training(model)
+        device, has_head, has_adapters = torch.device(cfg.device), model is not base, bool(adapted(model))
+        autocast = autocast_of(cfg)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
-        settings = {name: value for name, value in vars(cfg).items()
-                    if name not in ("out_dir", "resume", "overwrite", "predict")}
-        device, has_head = torch.device(cfg.device), isinstance(model, Classifier)
-        autocast = autocast_of(cfg)
-        step, history = 0, []
+        step, history = 0, []  # history: the lines of metrics.jsonl
         loss_sum, n_summed = torch.zeros((), device=device), 0  # since the last progress line
-        if earlier:
-            step, history, n_summed = earlier["step"], earlier["history"], earlier["n_summed"]
-            loss_sum += earlier["loss_sum"].to(device)
-            model.load_state_dict(earlier["parameters"], strict=False)  # the frozen ones are not in it
-            optimizer.load_state_dict(earlier["optimizer"])
+        if checkpoint:
+            step, history, n_summed = checkpoint["step"], checkpoint["history"], checkpoint["n_summed"]
+            loss_sum += checkpoint["loss_sum"].to(device)
+            model.load_state_dict(checkpoint["parameters"], strict=False)  # the frozen ones are not in it
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            print(f"going on after step {step}", flush=True)
 
-        n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-        n_cut = sum(example.cut for example in examples + validation)
-        options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "seed")
-        print(f"{n_cut:,} examples are longer than {cfg.max_length} tokens and were cut\n"
-              f"{RIGHT_NAMES.get(cfg.model, cfg.model)} on {device} in {cfg.dtype}: {n_trained:,} of {n_all:,} "
-              f"parameters are trained, {100 * n_trained / n_all:.2f} %\n"
-              f"{cfg.method}: {', '.join(f'{name} {settings[name]}' for name in options)}"
-              f"{f'; going on at step {step}' if step else ''}", flush=True)
-
-        n_batches = max(1, len(examples) // cfg.batch_size)  # of an epoch
         batches, began, first = None, time.time(), step
-        while True:
-            # The factor on dW grows to 1 over the first steps. At 0 no gradient would pass: it is left to a run of none.
-            if METHODS[cfg.method][0]:
-                set_warmup(model, min(1.0, (step + 1) / max(1, cfg.scale_warmup_steps)) if cfg.max_steps else 0.0)
-            if step == cfg.max_steps:
-                break
+        if has_adapters:  # without a step the model is the pre-trained one
+            set_warmup(model, min(1.0, step / max(1, cfg.scale_warmup_steps)))
+        # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass.
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+        with attention, interrupts_held() as interrupted:
+            while step < cfg.max_steps:
+                # The factor on dW grows to 1, so that the first forward passes are near the pre-trained model's.
+                if has_adapters:
+                    set_warmup(model, min(1.0, (step + 1) / max(1, cfg.scale_warmup_steps)))
 
-            # The learning rate rises in a straight line to its peak, then falls in one to 0.
-            rise = cfg.learning_rate * (step + 1) / max(1, cfg.lr_warmup_steps)
-            fall = cfg.learning_rate * (cfg.max_steps - step) / max(1, cfg.max_steps - cfg.lr_warmup_steps)
-            optimizer.param_groups[0]["lr"] = min(rise, fall)
-            if batches is None or step % n_batches == 0:
-                batches = epoch_batches(examples, cfg.batch_size, cfg.seed, step // n_batches)
-            batch = [examples[i] for i in batches[step % n_batches]]
-            n_targets = len(batch)
-            if not has_head:  # tokens of the right answers
-                rows = [example.rows[example.label] for example in batch]
-                n_targets = sum(len(row.ids) - row.start for row in rows)
+                # The learning rate rises in a straight line to its peak, then falls in one to 0.
+                rise = cfg.learning_rate * (step + 1) / max(1, cfg.lr_warmup_steps)
+                fall = cfg.learning_rate * (cfg.max_steps - step) / max(1, cfg.max_steps - cfg.lr_warmup_steps)
+                optimizer.param_groups[0]["lr"] = min(rise, fall)
+                if batches is None or step % n_batches == 0:
+                    batches = epoch_batches(examples, cfg.batch_size, cfg.seed, step // n_batches)
+                batch = [examples[i] for i in batches[step % n_batches]]
+                n_targets = len(batch)
+                if not has_head:  # tokens of the right answers
+                    rows = [example.rows[example.label] for example in batch]
+                    n_targets = sum(len(row.ids) - row.start for row in rows)
 
-            torch.manual_seed(cfg.seed * SEED_STRIDE + step)  # dropout is a function of seed and step, as the batch is
-            size = cfg.micro_batch_size or len(batch)
-            for start in range(0, len(batch), size):
-                with autocast:
-                    loss = batch_loss(model, task.kind, batch[start:start + size], tokenizer.pad, device)
-                (loss / n_targets).backward()  # the mean over the whole batch, however many pieces it comes in
-                loss_sum += loss.detach()
-            n_summed += n_targets
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+                torch.manual_seed(cfg.seed * SEED_STRIDE + step)  # dropout depends on seed and step, as the batch does
+                size = cfg.micro_batch_size or len(batch)
+                for start in range(0, len(batch), size):
+                    with autocast:
+                        loss = batch_loss(model, task.kind, batch[start:start + size], tokenizer.pad, device)
+                    (loss / n_targets).backward()  # the mean over the whole batch, however many pieces it comes in
+                    loss_sum += loss.detach()
+                n_summed += n_targets
+                if cfg.grad_clip:
+                    torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
 
-            last = step == cfg.max_steps
-            logging, saving = (last or step % interval == 0 for interval in (cfg.log_interval, cfg.checkpoint_interval))
-            if (logging or saving) and not loss_sum.isfinite():  # not at every step: it waits for the GPU
-                raise FloatingPointError(f"the loss is NaN or infinite at step {step}: try a lower --learning_rate")
-            if logging:
-                history.append({"step": step, "loss": loss_sum.item() / n_summed})
-                minutes = (time.time() - began) / (step - first) * (cfg.max_steps - step) / 60
-                print(f"step {step}/{cfg.max_steps} | loss {loss_sum / n_summed:.4f} | {minutes:.1f} min left",
-                      flush=True)
-                n_summed, loss_sum = 0, torch.zeros_like(loss_sum)
-            if cfg.eval_interval and step % cfg.eval_interval == 0 and not last:
-                with autocast:
-                    values = evaluate(model, task, validation, tokenizer, device)
-                history.append({"step": step, "validation": values})
-                print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
-            if saving:
-                save_atomically({"settings": settings, "step": step, "history": history, "n_summed": n_summed,
-                                 "loss_sum": loss_sum.cpu(), "optimizer": optimizer.state_dict(),
-                                 "parameters": {name: p.detach() for name, p in trained.items()}},
-                                folder / "checkpoint.pt")
+                last, stopping = step == cfg.max_steps, bool(interrupted)
+                logging = last or step % cfg.log_interval == 0
+                saving = last or stopping or step % cfg.checkpoint_interval == 0
+                if (logging or saving) and not loss_sum.isfinite():  # not at every step: it waits for the GPU
+                    raise FloatingPointError(f"the loss is NaN or infinite at step {step}: "
+                                             f"try a lower --learning_rate")
+                if logging:
+                    note(folder, history, {"step": step, "loss": loss_sum.item() / n_summed})
+                    minutes = (time.time() - began) / (step - first) * (cfg.max_steps - step) / 60
+                    print(f"step {step}/{cfg.max_steps} | loss {loss_sum / n_summed:.4f} | {minutes:.1f} min left",
+                          flush=True)
+                    n_summed, loss_sum = 0, torch.zeros_like(loss_sum)
+                if cfg.eval_interval and step % cfg.eval_interval == 0 and not last:
+                    with autocast:
+                        values = evaluate(model, task, validation, tokenizer, device)
+                    note(folder, history, {"step": step, "validation": values})
+                    print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
+                if saving:
+                    save_atomically({"settings": settings_of(cfg), **data, "step": step, "history": history,
+                                     "n_summed": n_summed, "loss_sum": loss_sum.cpu(),
+                                     "optimizer": optimizer.state_dict(),
+                                     "parameters": {name: p.detach() for name, p in trained.items()}},
+                                    folder / "checkpoint.pt")
+                if stopping:
+                    raise KeyboardInterrupt(f"saved after step {step}")
 
         with autocast:
             values = evaluate(model, task, validation, tokenizer, device)
-        result = {"final": True, "metric": task.metric, "value": values[task.metric], "validation": values,
-                  "examples": len(validation), "trainable": n_trained, "task": task.name, "kind": task.kind,
-                  "classes": task.classes, "settings": settings}
-        history += [{"step": step, "validation": values}, result]
-        if METHODS[cfg.method][0]:
+        note(folder, history, {"step": step, "validation": values})
+        result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
+                  "validation": values, **data, "settings": settings_of(cfg),
+                  "trainable": sum(p.numel() for p in trained.values())}
+        if has_adapters:
             save_adapter(model, folder / "adapter.pt")
         else:
             save_atomically({name: p.detach() for name, p in trained.items()}, folder / "adapter.pt")
-        temporary = folder / f"metrics.jsonl.{os.getpid()}.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
-        temporary.replace(folder / "metrics.jsonl")
+        note(folder, history, result)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
+    beside = "" if data["commonest"] is None else f", {data['commonest']:.4f} of them of the commonest class"
     print(f"to use it: python train.py --predict=texts.jsonl --out_dir={folder}\n{task.name}, {cfg.method}: "
-          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples")
+          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples{beside}")
     return result
+
+
+def print_plan(cfg, model, examples, unset):
+    """What is trained and how. unset: the options without a value of the user's."""
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    new_head = " and a new head" if isinstance(model, Classifier) else ""
+    options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "max_length", "seed")
+    unset = [name for name in options if name in unset]
+    print(f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "
+          f"{n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
+          f"examples longer than {cfg.max_length} tokens, which were cut: {sum(e.cut for e in examples):,}\n"
+          f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}")
+    if unset:
+        source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
+        print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
+    if "init_std" in options:
+        norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
+        print(f"norm of dW at the start, with its full factor: {statistics.median(norms):.1f} % of W0's (median of "
+              f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -411,97 +467,50 @@ def load(folder, device="auto"):
         predict(["area man wins"])          # [{"label": "sarcastic", "probability": 0.99}]
 
     An example is a text, a pair of texts, or a dict as in the training data; a label in it is not read. The label of
-    multiple choice is the index of a choice. Regression and written answers have a label alone.
+    multiple choice is the index of a choice. Regression and written answers have a label alone. ValueError for an
+    example that is none, or not of the run's kind; FloatingPointError where the model's output is NaN.
     """
     folder = Path(folder).expanduser()
     run = finished_run(folder)
-    task = Task(run["task"], run["kind"], run["classes"], run["metric"], [], [])
-    cfg = Config(**run["settings"] | {"device": device, "compile": False})
-    cfg, _, tokenizer, model, encode = build(cfg, task, folder / "adapter.pt")
-    if METHODS[cfg.method][0]:
+    kind, classes = run["kind"], run["classes"]
+    cfg = pick_device(Config(**run["settings"] | {"device": device}))
+    tokenizer, base = load_base(cfg)
+    model = add_trained(cfg, base, kind, len(classes) or 1, folder / "adapter.pt")
+    if adapted(model):
         merge_adapters(model)
     model.eval()
-    writes, device = cfg.protocol == "instruct", torch.device(cfg.device)
-    needed = "instruction" if writes else "choices" if task.kind == "multiple_choice" else "text_a"
+    device = torch.device(cfg.device)
 
     def predict(examples):
-        dicts = [example if isinstance(example, dict) else
-                 dict(zip(("text_a", "text_b"), [example] if isinstance(example, str) else example))
-                 for example in examples]
-        if not all(needed in example for example in dicts):
-            raise ValueError(f'{task.name} takes examples with "{needed}", and one has none')
-        encoded = encode(dicts)
+        if not isinstance(examples, (list, tuple)):
+            raise ValueError(f"predict takes a list of examples, and this is one {type(examples).__name__}: "
+                             f"predict([...])")
+        examples = [as_example(example, run, f"example {i}") for i, example in enumerate(examples)]
+        if not examples:
+            return []
+        encoded = encode(cfg, base, tokenizer, examples)
         with autocast_of(cfg):
-            if writes:
-                return [{"label": answer} for answer in write_answers(model, task, encoded, tokenizer, device)]
+            if cfg.protocol == "instruct":
+                return [{"label": answer} for answer in write_answers(model, encoded, tokenizer, device, run["task"])]
             scores = score(model, encoded, tokenizer.pad, device)
-        if task.kind == "regression":
+        if kind == "regression":
             return [{"label": s.item()} for s in scores]
         best = [(s.argmax().item(), s.softmax(0).max().item()) for s in scores]
-        return [{"label": task.classes[i] if task.classes else i, "probability": share} for i, share in best]
+        return [{"label": classes[i] if classes else i, "probability": share} for i, share in best]
 
     return predict
 
 
-# ---- The run's folder: checkpoint.pt while a run is unfinished, then adapter.pt and metrics.jsonl --------------------
-
-
-@contextlib.contextmanager
-def claim(cfg):
-    """Keep other runs out of cfg.out_dir, and yield what is there to go on from: see earlier_run."""
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        try:
-            if fcntl:  # the system lets go of the lock when the process ends, by a kill too
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
-        except OSError:
-            pass  # a file system without locks
-        for half in (*folder.glob("*.pt.*.tmp"), *folder.glob("metrics.jsonl.*.tmp")):  # of a run killed as it saved
-            half.unlink()
-        yield earlier_run(folder, cfg)
-    finally:
-        if fcntl:
-            os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is empty
-
-
-def earlier_run(folder, cfg):
-    """With --resume=true the checkpoint of the run in `folder`, or its last line if it is finished; else {}.
-
-    ValueError where a new run would replace an earlier one and nobody asked for that, or cfg has other options than it.
-    """
-    path = folder / "checkpoint.pt"
-    unfinished, finished = path.exists(), (folder / "metrics.jsonl").exists()
-    if not (unfinished or finished) or (cfg.overwrite and not cfg.resume):
-        return {}
-    if not cfg.resume:
-        kind, way_out = ("an unfinished", "--resume=true") if unfinished else ("a finished", "another --out_dir")
-        raise ValueError(f"{folder} holds {kind} run: give {way_out}, or --overwrite=true to start anew")
-    try:
-        run = torch.load(path, map_location="cpu", weights_only=True) if unfinished else finished_run(folder)
-        settings = run["settings"]
-    except Exception as error:  # torch raises half a dozen kinds for a file cut short
-        raise ValueError(f"{folder} holds no run that can be read: {type(error).__name__}") from None
-    other = [name for name in settings if getattr(cfg, name) not in (settings[name], getattr(Config, name))]
-    if "max_steps" in other or "epochs" in other:
-        raise ValueError(f"{folder} holds a run of {settings['max_steps']} steps, whose learning rate falls to 0 by "
-                         f"then: it cannot be made longer or shorter")
-    if other:
-        raise ValueError(f"{folder} holds a run with another {', '.join(other)}, and --resume=true keeps its options")
-    return run
-
-
-def finished_run(folder):
-    """The last line of the finished run in `folder`, a dict."""
-    try:
-        return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        raise ValueError(f"{folder} holds no finished run: no metrics.jsonl that can be read") from None
+def predict_file(cfg):
+    """Print a line of JSON for each line of the file, as they are made. All lines are checked before the first."""
+    run, path = finished_run(Path(cfg.out_dir)), Path("/dev/stdin" if cfg.predict == "-" else cfg.predict)
+    examples = [as_example(example, run, where) for where, example in read_jsonl(path, labelled=False)]
+    with contextlib.redirect_stdout(sys.stderr):  # what loading says is no prediction
+        predict = load(cfg.out_dir, cfg.device)
+    with contextlib.suppress(BrokenPipeError):  # whoever reads them, such as head, has enough
+        for start in range(0, len(examples), 64):
+            for prediction in predict(examples[start:start + 64]):
+                print(json.dumps(prediction), flush=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -514,10 +523,12 @@ def parse(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     for f in dataclasses.fields(Config):
-        kind = (typing.get_args(f.type) or (f.type,))[0]  # int, of int and of int | None
-        convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --out_dir=~/x alone
-        parser.add_argument(f"--{f.name}", type=convert, default=f.default, **f.metadata)
-    cfg = Config(**vars(parser.parse_args(arguments)))
+        if f.metadata:
+            kind = (typing.get_args(f.type) or (f.type,))[0]  # int, of int and of int | None
+            convert = {bool: true_or_false, str: os.path.expanduser}.get(kind, kind)  # a shell leaves --name=~/x alone
+            parser.add_argument(f"--{f.name}", type=convert, default=argparse.SUPPRESS, **f.metadata)
+    given = vars(parser.parse_args(arguments))
+    cfg = Config(**given, given=frozenset(given))
     check(cfg)
     return cfg
 
@@ -539,13 +550,13 @@ def check(cfg):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
             raise ValueError(f"--{name}={value}: it should be {'at least' if name in may_be_0 else 'above'} 0")
-    layer = METHODS[cfg.method][0]
-    is_dual = layer is not None and issubclass(layer, DualLoRA)
-    idle = () if is_dual else ("r1", "r2", "init_std", "scale_warmup_steps")
-    for name in idle if layer else ("targets", "r", "alpha", "dropout", *idle):
-        if getattr(cfg, name) != getattr(Config, name):
+    adapter, options = METHODS[cfg.method]
+    used = {*options, "targets", "r"} if adapter else set()
+    used |= {"scale_warmup_steps"} if "init_std" in options else set()
+    for name in ("targets", "r", "r1", "r2", "alpha", "dropout", "init_std", "scale_warmup_steps"):
+        if name in cfg.given and name not in used:
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
-    if is_dual and cfg.r % 2 and not (cfg.r1 and cfg.r2):
+    if "r1" in options and cfg.r % 2 and not (cfg.r1 and cfg.r2):
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
     if cfg.max_steps is not None and cfg.epochs is not None:
         raise ValueError(f"--max_steps={cfg.max_steps} and --epochs={cfg.epochs}: give one of them")
@@ -553,21 +564,25 @@ def check(cfg):
         raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
     if cfg.method == "full" and cfg.weights != "float32":
         raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
+    idle = cfg.given - {"predict", "out_dir", "device"} if cfg.predict is not None else ()
+    if idle:
+        raise ValueError(f"--{', --'.join(sorted(idle))}: with --predict there are --out_dir, whose run has its own "
+                         f"options, and --device")
 
 
 def main(arguments):
     cfg = None
     try:
         cfg = parse(arguments)
-        if cfg.predict:
-            examples = [example for _, example in read_jsonl(Path(cfg.predict), labelled=False)]
-            for prediction in load(cfg.out_dir, cfg.device)(examples):
-                print(json.dumps(prediction))
+        if cfg.predict is not None:
+            predict_file(cfg)
         else:
             train(cfg)
         return 0
-    except KeyboardInterrupt:
-        message = f"interrupted; --resume=true goes on from the last checkpoint in {cfg.out_dir}"
+    except KeyboardInterrupt as interrupt:
+        message = f"interrupted{f', and {interrupt}' if str(interrupt) else ''}"
+        if cfg.predict is None and (Path(cfg.out_dir) / "checkpoint.pt").exists():
+            message += f"; --resume=true goes on from {cfg.out_dir}/checkpoint.pt"
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a smaller --micro_batch_size, or --gradient_checkpointing=true"
     except (ValueError, OSError, FloatingPointError) as error:

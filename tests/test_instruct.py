@@ -81,14 +81,3 @@ def test_the_template_has_its_spaces_and_braces_in_a_question_are_but_text():
 ])
 def test_the_first_answer_counts_and_none_is_none(name, text, answer):
     assert instruct.extract(name, text) == answer
-
-
-def test_a_file_of_records_is_read_and_an_entry_that_is_wrong_is_named(tmp_path):
-    path, row = tmp_path / "a.json", {"instruction": "Say é.", "input": "", "output": "é", "answer": "answer1"}
-    path.write_text(json.dumps([row]), encoding="utf-8")
-    assert instruct.read_records(path) == [{"instruction": "Say é.", "output": "é", "answer": "answer1"}]
-    for content, words in (("[{", r"a\.json is not JSON"), (json.dumps([row, {**row, "input": "x"}]), "entry 2 has an"),
-                           (json.dumps([{**row, "output": 1}]), 'entry 1: "output" should be text, and is 1')):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=words):
-            instruct.read_records(path)

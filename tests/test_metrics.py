@@ -23,6 +23,10 @@ def test_classification_is_scikit_learns():
     predictions = np.where(draw.random(50) < 0.6, labels, draw.integers(0, 2, 50))
     assert score("matthews", predictions, labels) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
     assert score("f1", predictions, labels) == pytest.approx(sklearn.f1_score(labels, predictions))
+    labels, predictions = labels + 3 * draw.integers(0, 2, 50), predictions + 3 * draw.integers(0, 2, 50)
+    for n in (50, 5):  # of five not every class occurs
+        expected = sklearn.f1_score(labels[:n], predictions[:n], average="macro")
+        assert score("macro_f1", predictions[:n], labels[:n]) == pytest.approx(expected)
 
 
 def test_correlations_are_scipys():
@@ -39,12 +43,13 @@ def test_the_correlation_of_a_constant_or_a_diverged_run_is_zero(bad):
 
 
 def test_several_sets_are_scored_apart_and_averaged_and_the_main_metric_comes_first():
-    examples = [Example([], label, set=name) for name, label in (("a", 0), ("a", 1), ("b", 1))]
-    values = summarise(Task("t", "classification", [0, 1], "f1", [], []), examples, {"main": [0, 0, 1]})
+    examples = [Example([], label, subset=name) for name, label in (("a", 0), ("a", 1), ("b", 1))]
+    values = summarise(Task("t", "classification", [0, 1], "f1", [], []), examples, {"predicted": [0, 0, 1]})
     assert values["accuracy_a"] == 0.5 and values["accuracy_b"] == 1.0 and values["accuracy"] == 0.75
     assert list(values)[:3] == ["f1", "accuracy", "matthews"]
 
 
 def test_an_answer_that_was_not_found_counts_as_failed():
     task, examples = Task("t", "multiple_choice", [], "accuracy", [], []), [Example([], 0), Example([], 0)]
-    assert summarise(task, examples, {"main": [1, 0], "failed": [0, 1]}) == {"accuracy": 0.5, "failed_extractions": 0.5}
+    values = summarise(task, examples, {"predicted": [1, 0], "failed": [0, 1]})
+    assert values == {"accuracy": 0.5, "failed_extractions": 0.5}

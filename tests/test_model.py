@@ -8,9 +8,10 @@ import torch.nn as nn
 
 from model import GPT, Classifier, Encoder, EncoderConfig, GPTConfig, load_pretrained
 
-SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=128)
-LLAMA = dict(SIZE, num_key_value_heads=2, max_position_embeddings=128)
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+            layer_norm_eps=0.1)  # as all settings here, no default: what config.json says is read
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=128, layer_norm_epsilon=0.1)
+LLAMA = dict(SIZE, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=0.1)
 DEBERTA = dict(SIZE, max_position_embeddings=512, relative_attention=True, pos_att_type="p2c|c2p", type_vocab_size=0,
                position_biased_input=False)
 BUCKETS = dict(DEBERTA, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True)
@@ -25,7 +26,8 @@ GPTS = {
     "llama":         ("Llama", "ForCausalLM", LLAMA),
     "llama, linear": ("Llama", "ForCausalLM", dict(LLAMA, rope_parameters=LINEAR)),
     "llama, llama3": ("Llama", "ForCausalLM", dict(LLAMA, rope_parameters=LLAMA3)),
-    "llama, tied":   ("Llama", "ForCausalLM", dict(LLAMA, tie_word_embeddings=True, attention_bias=True, head_dim=16)),
+    "llama, tied":   ("Llama", "ForCausalLM", dict(LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+                                                  head_dim=16)),
 }
 ENCODERS = {
     "bert":       ("Bert", "Model", dict(SIZE, max_position_embeddings=64)),
@@ -127,17 +129,15 @@ def test_an_encoder_equals_transformers_padded_batches_included(kind, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_the_log_probabilities_of_answers_are_those_of_each_text_alone(family):
-    model, rows, starts = tiny(family), texts(5, 7, 2), (5, 1, 1)
-    rows[0] = torch.cat([rows[0], model.generate(rows[0], max_new_tokens=7)], dim=1)
+    model, rows, starts = tiny(family), texts(12, 7, 2), (5, 1, 1)
     idx, mask = pad(rows)
     seen = []
     model.lm_head.register_forward_hook(lambda layer, args, out: seen.append(len(args[0])))
-    logprobs, likeliest = model.answer_logprobs(idx, mask & (torch.arange(12) >= torch.tensor(starts)[:, None]))
+    logprobs = model.answer_logprobs(idx, mask & (torch.arange(12) >= torch.tensor(starts)[:, None]))
     assert seen == [7 + 6 + 1], "lm_head sees no other tokens"
     answers = torch.cat([row[0, start:] for row, start in zip(rows, starts)])
     whole = torch.cat([model(row)[0].log_softmax(-1)[0, start - 1:-1] for row, start in zip(rows, starts)])  # (14, 99)
     close(logprobs, whole[torch.arange(14), answers])
-    assert torch.equal(likeliest, whole.argmax(1) == answers) and likeliest[:7].all()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -166,10 +166,11 @@ def test_after_eos_a_row_generates_nothing_else():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 @torch.no_grad()
-def test_a_classifiers_scores_do_not_depend_on_the_batch(kind):
+def test_a_classifier_reads_an_encoders_mean_or_a_gpts_last_token_whatever_the_batch(kind):
     model, rows = Classifier(tiny(kind), 3), texts(3, 9, 20, 1)
-    alone = torch.cat([model(row) for row in rows])
-    assert alone.shape == (4, 3)
+    alone = torch.cat([model(row) for row in rows])  # (4, 3)
+    read = [model.backbone(row).mean(1) if kind == "bert" else model.backbone.hidden(row)[:, -1] for row in rows]
+    close(alone, model.head(torch.cat(read)), 1e-5)
     close(model(*pad(rows)), alone, 1e-5)
     if kind != "bert":  # whose positions count padding on the left
         close(model(*pad(rows, left=True)), alone, 1e-5)
@@ -210,8 +211,8 @@ def test_compiled_one_graph_serves_every_length(kind):
 
 def test_too_long_a_text_and_generation_after_padding_are_one_clear_error_each():
     roberta = Encoder(EncoderConfig(99, 1, 4, 32, 48, n_positions=66, position_offset=2))
-    roberta(torch.ones(1, 64, dtype=torch.long))
     for model in (roberta, tiny("gpt2")):
+        model(torch.ones(1, 64, dtype=torch.long))
         with pytest.raises(ValueError, match="65 tokens: this model has 64 positions"):
             model(torch.ones(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="pad on the left"):
@@ -246,12 +247,16 @@ def test_shards_and_bin_files_and_names_without_prefix_hold_the_same_model(tmp_p
 
 
 @pytest.mark.parametrize("row, extra", [
+    (("Bert", "ForSequenceClassification", ENCODERS["bert"][2]), {}),
     (("Bert", "ForPreTraining", ENCODERS["bert"][2]), {"bert.embeddings.position_ids": torch.arange(64)}),
     (("DebertaV2", "ForMaskedLM", BUCKETS), {"deberta.embeddings.position_embeddings.weight": torch.zeros(512, 32),
                                              "lm_predictions.lm_head.bias": torch.zeros(99)})])
-def test_heads_of_other_tasks_and_buffers_and_the_oldest_names_are_no_obstacle(row, extra, tmp_path):
+def test_heads_of_other_tasks_and_buffers_and_the_oldest_names_are_no_obstacle(row, extra, tmp_path, capsys):
     theirs = reference(row, tmp_path)
+    capsys.readouterr()
     ours, idx = load_pretrained(tmp_path), torch.randint(99, (2, 20))
+    note = f"{tmp_path}: the fine-tuned head there (classifier) is not used, only the layers below it\n"
+    assert capsys.readouterr().err == (note if "Classification" in row[1] else "")
     close(ours(idx), theirs.base_model(idx).last_hidden_state)
     state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): p
              for name, p in theirs.state_dict().items()}

@@ -57,6 +57,11 @@ def test_classes_are_the_distinct_labels_in_order(labels, classes, tmp_path):
     assert task.classes[task.validation[0]["label"]] == labels[0]
 
 
+def test_labels_that_differ_by_white_space_alone_are_one_class(tmp_path):
+    task = load_task(write_task(tmp_path, labelled("very good", " very  good", "bad\u00a0", "bad"), labelled("bad ")))
+    assert task.classes == ["bad", "very good"] and [example["label"] for example in task.train] == [1, 1, 0, 0]
+
+
 def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
     task = load_task(write_task(tmp_path, labelled(5, 2.0), labelled(-1)))
     assert (task.kind, task.classes, task.n_outputs, task.metric) == ("regression", [], 1, "pearson")
@@ -64,21 +69,22 @@ def test_one_label_with_a_decimal_point_makes_it_regression(tmp_path):
 
 
 def test_choices_or_an_instruction_make_a_task_multiple_choice(tmp_path):
-    record = {"instruction": "i", "output": "o", "answer": "a"}
+    record = {"instruction": "i", "output": "it is true, not false", "answer": "true"}
     task = load_task(write_task(tmp_path, [CHOICE, {**CHOICE, "choices": ["x", "y"], "label": 0}, record], [CHOICE]))
     assert (task.kind, task.classes, task.n_outputs, task.metric) == ("multiple_choice", [], 1, "accuracy")
     assert task.train[2] == record
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
-    raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n\n'.encode()
+    raw = '\ufeff{"text_a": "one\u2028still one\x85", "label": 0}\r\n{"text_a": "", "label": 1}\r\n'.encode()
     task = load_task(write_task(tmp_path, raw, raw))
     assert [example["text_a"] for example in task.train] == ["one\u2028still one\x85", ""]
 
 
 LINE = lines_of([GOOD])
 BAD_LINES = [
-    (b"\n \n", "train.jsonl is empty"), (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
+    (b"", "train.jsonl is empty"), (LINE + b" \n" + LINE, "train.jsonl, line 2: the line is blank"),
+    (LINE + b'{"text_a": "\xff", "label": 0}', "train.jsonl, line 2: not UTF-8"),
     (LINE + b'{"text_a": ', "line 2: not JSON"), (LINE + b"[1]", "line 2: .* is no object"),
     (b'{"label": 1}', '"text_a" is missing'), (b'{"text_a": 3, "label": 1}', '"text_a" should be text, and is 3'),
     (b'{"text_a": "x"}', '"label" should be .*null'), (b'{"text_a": "x", "label": true}', "a number.*and is true"),
@@ -88,8 +94,13 @@ BAD_LINES = [
     (b'{"prompt": "x", "choices": ["a"], "label": 0}', '"choices" should be two texts or more'),
     (LINE + b'{"prompt": "x", "choices": [" a", ""], "label": 0}', 'line 2: "choices" .*none empty.* ." a", "".$'),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
-    (b'{"instruction": "x", "output": "", "answer": "y"}', '"output" is empty'),
-    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has one text to train on, .*: none can be held out"),
+    (LINE + b"[" * 100_000, "line 2: not JSON that can be read .maximum recursion depth.*; a line is ."),
+    (b'{"instruction": "x", "output": "yes", "answer": "yes"}', '"answer" is .yes., and should be .* true|false|'),
+    (b'{"instruction": "x", "output": "not answer1: answer2", "answer": "answer2"}', 'line 1: "answer" is .answer2.'),
+    (b'{"instruction": "x", "output": "", "answer": ""}', 'line 1: "answer" is'),
+    (b'{"instruction": "x", "output": "answer1", "answer": "answer1", "set": "boolq"}', r'"output": true\|false; '),
+    (b'{"instruction": "x", "input": "a text", "output": "true", "answer": "true"}', '"input" has no place in the pr'),
+    (b'{"prompt": "x", "choices": ["a", "b"], "label": 1}', "has 1 examples with 1 different texts, too few to hold"),
 ]
 
 
@@ -106,16 +117,19 @@ def test_a_validation_class_that_training_never_showed_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("table, as_task", [("texts.csv", ""), ("texts.tsv", "texts.tsv")])
-def test_a_table_is_named_as_one_with_a_command_that_turns_it_into_a_task(table, as_task, tmp_path, monkeypatch):
-    rows = [["TEXT", "LABEL"], ["good film", "yes"], ["bad film", "no"]]
-    (tmp_path / table).write_text("".join(("," if "csv" in table else "\t").join(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="is a table") as error:
-        load_task(tmp_path / as_task)
-    command = str(error.value).partition("JSONL: ")[2].partition(", with the names")[0]
+def test_a_table_is_named_as_one_with_a_command_that_turns_it_into_jsonl(table, as_task, tmp_path, monkeypatch):
+    rows = [["\ufeffTEXT", "LABEL"], ["good film", "yes"], ["bad film", "no"]]
+    (tmp_path / table).write_text("".join(("," if "csv" in table else "\t").join(row) + "\n" for row in rows), "utf-8")
     monkeypatch.chdir(tmp_path)
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    for read in (lambda: load_task(tmp_path / as_task), lambda: read_jsonl(tmp_path / table, labelled=False)):
+        with pytest.raises(ValueError, match="is a table") as error:
+            read()
+        command = str(error.value).partition("JSONL: ")[2].partition(", with the names")[0]
+        subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
     (tmp_path / table).unlink()
-    assert load_task(tmp_path, held_out=False).classes == ["no", "yes"]
+    assert load_task(tmp_path).classes == ["no", "yes"]
+    texts = read_jsonl(tmp_path / "texts.jsonl", labelled=False)
+    assert [example for _, example in texts] == [{"text_a": "good film"}, {"text_a": "bad film"}]
 
 
 @pytest.mark.parametrize("name, options, words", [
@@ -135,6 +149,11 @@ def test_examples_to_predict_from_need_no_label(tmp_path):
     assert [example for _, example in read_jsonl(tmp_path / "texts.jsonl", labelled=False)] == [
         {"text_a": "a text"}, {"text_a": "x", "text_b": "y"}, {"prompt": "p", "choices": ["a", "b"]},
         {"instruction": "i"}]
+    for content, words in (("a text", 'line 5: not JSON .*; a line is "a text", in quotes, or {"text_a": "a text"}'),
+                           ("", "line 5: the line is blank"), ("3", 'line 5: 3 is no object such as "a text", in')):
+        (tmp_path / "texts.jsonl").write_text("\n".join([*lines, content, '"x"']))
+        with pytest.raises(ValueError, match=words):
+            read_jsonl(tmp_path / "texts.jsonl", labelled=False)
 
 
 # Held-out data
@@ -147,6 +166,14 @@ def test_a_tenth_is_held_out_always_the_same_and_texts_that_differ_in_case_or_sp
     assert held == hold_out(task) and len(held.validation) == 9
     assert sorted(example["label"] for example in held.train + held.validation) == list(range(90))
     assert not texts_of(held.train) & texts_of(held.validation)
+
+
+def test_a_text_that_fills_most_of_the_data_stays_to_train_on_and_so_do_half_of_the_others():
+    train = [{"text_a": "again" if i < 900 else f"text {i}"} for i in range(1000)]
+    held = hold_out(Task("t", "classification", ["a", "b"], "accuracy", train, []))
+    assert (len(held.train), len(held.validation)) == (950, 50) and {"text_a": "again"} not in held.validation
+    with pytest.raises(ValueError, match="t has 900 examples with 2 different texts, .*: give it a validation.jsonl"):
+        hold_out(Task("t", "classification", ["a", "b"], "accuracy", train[:450] + [{"text_a": "b"}] * 450, []))
 
 
 def test_without_validation_data_a_part_is_held_out_and_said_and_tuning_data_are_others(tmp_path):
@@ -208,13 +235,20 @@ def test_headlines_that_differ_in_case_or_spaces_are_never_on_both_sides(cache):
 
 
 def test_the_mix_is_scored_on_the_published_split_of_each_set_and_takes_llm_adapters_own_records(cache, tmp_path):
-    rows = [{"instruction": "i", "input": "", "output": "o", "answer": "a"}] * 5
+    rows = [{"instruction": "i", "input": "", "output": "true", "answer": "true"}] * 5
     (tmp_path / "commonsense_170k.json").write_text(json.dumps(rows))
     task, theirs = load_task(MIX), load_task(MIX, tmp_path)
     counts = Counter(example["set"] for example in task.validation)
     assert counts == {name: {"test": 1, "val": 2}[row.published] for name, row in COMMONSENSE.items()}
     assert len(task.train) == 24 and theirs.validation == task.validation
-    assert theirs.train == [{"instruction": "i", "output": "o", "answer": "a"}] * 5
+    assert theirs.train == [{"instruction": "i", "output": "true", "answer": "true"}] * 5
+    for content, words in (("[{", r"170k\.json .*not JSON"),
+                           (json.dumps([rows[0], {**rows[0], "input": "x"}]), 'entry 2: "input" has no place'),
+                           (json.dumps([{**rows[0], "output": 1}]), 'entry 1: "output" should be text, and is 1'),
+                           (json.dumps([{**rows[0], "answer": "é"}]), 'entry 1: "answer" is .é., and should be')):
+        (tmp_path / "commonsense_170k.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_task(MIX, tmp_path)
 
 
 # The real ones, where they are in the cache
@@ -262,6 +296,7 @@ def test_an_encoder_reads_a_pair_between_separators():
 def test_a_gpt_reads_prompt_and_choice_and_knows_where_the_choice_begins():
     rows = encode_one({"prompt": "ab", "choices": [" c", " de"]}, is_gpt=True, add_bos=True).rows
     assert rows == [([3, 10, 11, 112], 3), ([3, 10, 11, 113, 14], 3)]
+    assert encode_one({"prompt": "ab", "choices": ["\ud83dx", " é"]}, is_gpt=True).n_bytes == (2, 2)
 
 
 @pytest.mark.parametrize("prompt, choices", [("ab", [" c", " d"]), ("ab ", ["c", "d"]), ("ab", ["c", "\nd"]),
@@ -287,7 +322,8 @@ def test_a_gpts_pair_has_the_tokens_of_the_whole_text():
     """SentencePiece puts a space before each text that it encodes: here the id 99."""
     tokenizer = make_tokenizer()
     (row,) = encode_one({"text_a": "ab ", "text_b": "c"}, True, encode=lambda text: [99] + tokenizer.encode(text)).rows
-    assert row.ids == [99] + tokenizer.encode("ab \nc") and row.start == len(row.ids)
+    assert row == ([99] + tokenizer.encode("ab \nc"), 3)
+    assert encode_one({"text_a": "abcdefgh", "text_b": "ij"}, True, 8).rows[0].ids[0] == 10, "both keep their beginning"
 
 
 VOCAB = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "vocab"
@@ -317,22 +353,38 @@ def test_the_prompt_to_generate_from_does_not_know_the_response():
 
 
 @pytest.mark.parametrize("is_gpt", [True, False])
-def test_no_row_is_longer_than_max_length_and_a_prompt_keeps_its_end(is_gpt):
-    (first, begin), (second, _) = encode_one({"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, is_gpt, 10).rows
-    assert len(first) == len(second) == 10 and 19 in first[:begin] and 10 not in first
+def test_only_what_does_not_fit_is_cut_and_all_choices_follow_the_same_end_of_the_prompt(is_gpt):
+    long, short = {"prompt": "abcdefghij", "choices": ["k", "l" * 30]}, {"prompt": "ab", "choices": ["kkkkkkkk", "l"]}
+    (first, begin), (second, _) = encode_one(long, is_gpt, 16).rows
+    assert first[:begin] == second[:begin] and 19 in first[:begin] and 10 not in first and len(second) == 16
+    assert len(second) - begin == (8 if is_gpt else 7), "half of the room, and [SEP]"
+    whole = encode_one(short, is_gpt, 10 if is_gpt else 13)  # of just max_length, and most of it is a choice
+    assert not whole.cut and [ids[start:start + 8].count(20) for ids, start in whole.rows] == [8, 0]
 
 
-@pytest.mark.parametrize("example", [{"text_a": "abcdefghi"}, {"text_a": "abcd", "text_b": "efghi"},
-                                     {"prompt": "abcdefghi", "choices": ["j", "k"]}])
-@pytest.mark.parametrize("is_gpt", [True, False])
-def test_an_example_knows_whether_it_was_cut(example, is_gpt):
-    short = encode_one(example, is_gpt, 8, add_bos=True)
-    assert short.cut and not encode_one(example, is_gpt, 20).cut and all(len(row.ids) == 8 for row in short.rows)
+def test_a_response_keeps_its_end_of_text():
+    record = {"instruction": "i", "output": "y" * 100, "answer": "y"}
+    fits = encode_one(record, True, 1000, "instruct")
+    length = len(fits.rows[0].ids)
+    for max_length, cut in ((length, False), (length - 1, True), (60, True)):
+        example = encode_one(record, True, max_length, "instruct")
+        assert (example.cut, len(example.rows[0].ids), example.rows[0].ids[-1]) == (cut, max_length, 4)
+
+
+@pytest.mark.parametrize("example, of_gpt, of_encoder", [
+    ({"text_a": "abcdefghi"}, 10, 11), ({"text_a": "abcd", "text_b": "efghi"}, 10, 12),
+    ({"prompt": "abcdefghi", "choices": ["j", "k"]}, 11, 13)])
+def test_a_text_of_just_max_length_is_whole_and_one_token_less_cuts_it(example, of_gpt, of_encoder):
+    for is_gpt, length in ((True, of_gpt), (False, of_encoder)):
+        for max_length, cut in ((length + 1, False), (length, False), (length - 1, True)):
+            encoded = encode_one(example, is_gpt, max_length, add_bos=True)
+            assert encoded.cut is cut and {len(row.ids) for row in encoded.rows} == {min(length, max_length)}
 
 
 def test_the_longer_text_is_shortened_first():
-    assert shorten([1] * 9, [2] * 3, 8) == ([1] * 5, [2] * 3) and shorten([1], [2] * 9, 8) == ([1], [2] * 7)
-    assert shorten([1, 2, 3], [4] * 9, 4, keep_end=True) == ([2, 3], [4, 4])
+    assert shorten([1] * 9, [[2] * 3], 8) == ([1] * 5, [[2] * 3], True)
+    assert shorten([1], [[2] * 9], 8) == ([1], [[2] * 7], True)
+    assert shorten([1, 2, 3], [[4] * 9, [5]], 4, keep_end=True) == ([2, 3], [[4, 4], [5]], True)
 
 
 @pytest.mark.parametrize("is_gpt", [True, False])

@@ -16,11 +16,11 @@ TEXTS = ["", " ", "a", " leading", "trailing ", "two  spaces", "a\n\n b\tc\r\n",
 published = pytest.mark.skipif(not (SHARED / "vocab").is_dir(), reason="no shared/data/vocab")
 
 
-def reference(spec):
+def reference(spec, added_tokens=()):
     """The encoder of the `tokenizers` package for a tokenizer.json; control tokens in a text are text here."""
     tokenizers = pytest.importorskip("tokenizers")
     spec = spec if isinstance(spec, dict) else json.loads(spec)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": added_tokens, "post_processor": None}))
     return lambda text: theirs.encode(text, add_special_tokens=False).ids
 
 
@@ -118,6 +118,37 @@ def test_control_tokens_have_the_folders_ids_and_a_text_that_spells_one_is_text(
     assert ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
 
 
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+@pytest.mark.parametrize("token, spelled", [("<e1>", "<e1>"), ("[E1]", "[E1]"), ("Covid", "COVID"), ("lamp", "lamp"),
+                                            ("  ", "  ")])
+def test_a_text_with_an_added_token_is_refused_and_others_have_their_ids(kind, token, spelled, tmp_path):
+    spec = wordpiece_spec() if kind == "wordpiece" else byte_spec()
+    vocab = spec["model"]["vocab"]
+    added = [{**ADDED, "id": vocab.get(token, len(vocab)), "content": token, "normalized": True}]
+    ours, theirs = Tokenizer(write(tmp_path, tokenizer_json={**spec, "added_tokens": added})), reference(spec, added)
+    for text in ("The lamps", f"a {spelled} b", f"a{token}b"):
+        if added[0]["id"] in theirs(text):
+            with pytest.raises(ValueError, match="is an added token, which is not supported; replace it in"):
+                ours.encode(text)
+        else:
+            assert ours.encode(text) == theirs(text)
+
+
+@published
+def test_added_tokens_of_a_folder_without_tokenizer_json_are_refused_in_texts_unless_they_are_special(tmp_path):
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "spm.model").write_bytes((SHARED / "vocab" / "deberta_v3" / "spm.model").read_bytes())
+    special = {"mask_token": "[MASK]", "additional_special_tokens": ["<s1>", {"content": "<s2>"}]}
+    ours = Tokenizer(write(tmp_path, added_tokens_json={"[MASK]": 10 ** 6, "<s1>": 1, "<s2>": 2, "<e1>": 3},
+                           special_tokens_map_json=special, tokenizer_config_json={"mask_token": None}))
+    assert ours.encode("[MASK] <s1> <s2> \ud83d")
+    with pytest.raises(ValueError, match="'<e1>' is an added token"):
+        ours.encode("a <e1>b")
+
+
 TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
             "special_tokens": {"<s>": {"ids": [300]}}}
 
@@ -172,7 +203,6 @@ LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
 
 @pytest.mark.parametrize("files, words", [
     ({"vocab_txt": VOCAB_TXT, "tokenizer_config_json": {"word_tokenizer_type": "mecab"}}, 'tokenizer_type = "mecab"'),
-    ({"vocab_txt": VOCAB_TXT, "added_tokens_json": {"covid": 16}}, "the added token 'covid' is not supported"),
     ({"tokenizer_json": wordpiece_spec(type="Lowercase")}, 'normalizer = "Lowercase"'),
     ({"tokenizer_json": {**byte_spec(), "model": {**byte_spec()["model"], "dropout": 0.1}}}, "dropout = 0.1"),
     ({"tokenizer_json": byte_spec({**BYTE_LEVEL, "add_prefix_space": True})}, "add_prefix_space = true"),
@@ -180,12 +210,12 @@ LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
     ({"tokenizer_model": "x", "tokenizer_config_json": {"add_prefix_space": False}}, "add_prefix_space = false"),
     # what cannot be read at all
     ({}, "has no vocabulary that can be read"),
-    ({"tokenizer_json": "{"}, "tokenizer.json is not JSON"),
+    ({"tokenizer_json": "{"}, "tokenizer.json is not there, or is not JSON that"),
     ({"vocab_json": {"a": 0}, "merges_txt": "a b\n"}, "vocab.json is not byte-level BPE: a merge makes 'ab'"),
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
-    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "Unigram .*put the published model's spm.model"),
-    ({"tokenizer_json": LLAMA_SPEC}, "BPE .*put the published model's tokenizer.model beside it, from the Hub"),
+    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "beside .* type Unigram put the .* spm.model"),
+    ({"tokenizer_json": LLAMA_SPEC}, "beside .* type BPE put the model's tokenizer.model"),
 ])
 def test_what_cannot_be_read_or_would_give_other_ids_is_refused_by_name(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
@@ -206,6 +236,7 @@ def test_a_padding_token_without_a_row_becomes_0(tmp_path):
 
 @pytest.mark.parametrize("files, n_rows, is_encoder, words", [
     ({"vocab_txt": VOCAB_TXT}, 15, True, "ids up to 15, and the model's embedding 15 rows"),
+    ({"tokenizer_json": byte_spec(added_tokens=[{"id": 300, "content": "<s>"}])}, 300, False, "ids up to 300"),
     ({"tokenizer_json": byte_spec()}, 300, True, r"not have \[CLS\] and \[SEP\]"),
     ({"vocab_txt": VOCAB_TXT}, 16, False, "not have a beginning or end of text"),
 ])

@@ -3,8 +3,10 @@ one line for bad input."""
 import functools
 import itertools
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +19,11 @@ import torch.nn as nn
 
 import model
 import train
+from data import runs
 from data.download import cache_dir
 from data.tasks import load_task
 from data.tokenizer import Tokenizer, byte_alphabet
-from dual_lora import AdaptedLinear
+from dual_lora import AdaptedLinear, DualLoRA
 from model import read_config
 
 CPU = torch.device("cpu")
@@ -117,7 +120,17 @@ def files(folder):
 
 
 def adapter(folder):
-    return torch.load(folder / "adapter.pt", weights_only=True)["state"]
+    content = torch.load(folder / "adapter.pt", weights_only=True)
+    return content.get("state", content)  # of full and linear_probe the parameters alone
+
+
+def build(options):
+    """(cfg, task, tokenizer, model as at the start of a run, its encoded training examples)"""
+    cfg = train.parse(options)
+    task, (tokenizer, base) = train.read_task(cfg), train.load_base(cfg)
+    cfg = train.with_defaults(cfg, train.ENCODERS, base.max_length)
+    examples = train.encode(cfg, base, tokenizer, task.train)
+    return cfg, task, tokenizer, train.add_trained(cfg, base, task.kind, task.n_outputs), examples
 
 
 @pytest.fixture
@@ -131,18 +144,22 @@ def before_step(monkeypatch):
 
 
 @pytest.fixture
-def interrupt(before_step):
-    """interrupt(n): Ctrl-C during step n, once."""
-    def install(n):
+def in_step(before_step):
+    """in_step(n, act): act() is called once, in step n."""
+    def install(n, act):
         steps = iter(range(1, n + 1))
-
-        def note(optimizer):
-            if next(steps, None) == n:
-                raise KeyboardInterrupt
-
-        before_step(note)
+        before_step(lambda optimizer: act() if next(steps, None) == n else None)
 
     return install
+
+
+@pytest.fixture
+def interrupt(in_step):
+    """interrupt(n): a Ctrl-C that does not wait for the end of step n, as the second one does not."""
+    def stop():
+        raise KeyboardInterrupt
+
+    return lambda n: in_step(n, stop)
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------------
@@ -156,11 +173,25 @@ def test_every_method_learns_and_keeps_what_it_trains_and_no_more(method, toys, 
     assert sum(p.numel() for p in saved.values()) == ran[-1]["trainable"]
     head, names = {"head.weight", "head.bias"}, set(saved)
     if method == "full":
-        _, _, _, toy, _ = train.build(train.parse(arguments(toys, tmp_path, "--method=full")))
-        assert names == {name for name, _ in toy.named_parameters()}
+        assert names == {name for name, _ in build(arguments(toys, tmp_path, "--method=full"))[3].named_parameters()}
     else:
         assert head <= names and all(".lora_" in name for name in names - head)
         assert (names == head) == (method == "linear_probe")
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "linear_probe"])
+def test_what_a_run_has_trained_is_loaded_or_refused(method, toys, tmp_path):
+    final = run(toys, tmp_path, f"--method={method}", "--max_steps=60")[-1]
+    examples = load_task(toys / "names").validation
+    found = [prediction["label"] for prediction in train.load(tmp_path)(examples)]
+    assert sum(a == final["classes"][b["label"]] for a, b in zip(found, examples)) / 23 == final["value"] > 0.7
+    content = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    state = content.get("state", content)
+    for name, value in (("head.wait", state.pop("head.weight")), ("head.weight", torch.zeros(3, 3))):
+        state[name] = value
+        torch.save(content, tmp_path / "adapter.pt")
+        with pytest.raises(ValueError, match="adapter.pt"):
+            train.load(tmp_path)
 
 
 def test_training_learns_what_there_is_to_learn(toys, tmp_path):
@@ -169,10 +200,9 @@ def test_training_learns_what_there_is_to_learn(toys, tmp_path):
 
 
 def test_every_method_starts_at_the_pretrained_model_with_one_head(toys, tmp_path):
-    first = [losses(run(toys, tmp_path / method, f"--method={method}", "--log_interval=1"))[0]
-             for method in ("full", "lora", "linear_probe", "dual_lora")]
-    assert first[:3] == pytest.approx([first[0]] * 3, abs=1e-6)
-    assert 0 < abs(first[3] - first[0]) < 1e-3, "a small part of Dual LoRA's dW is there from the first step"
+    first = [losses(run(toys, tmp_path / more[0], *more, "--log_interval=1"))[0]
+             for more in (["--init_std=1e-4"], ["--method=lora"], ["--method=full"], ["--method=linear_probe"])]
+    assert first == pytest.approx([first[0]] * 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("model, task", [("bert", "names"), ("llama", "choice")])
@@ -186,7 +216,7 @@ def test_no_steps_evaluate_the_base_model(model, task, toys, tmp_path):
 
 
 def test_held_out_validates_on_training_data(toys, tmp_path, capsys):
-    assert run(toys, tmp_path, "--held_out=true")[-1]["examples"] == 6
+    assert run(toys, tmp_path, "--held_out=true")[-1]["n_validation"] == 6
     assert "54 examples to train on, 6 held-out ones to validate" in capsys.readouterr().out
 
 
@@ -237,28 +267,73 @@ def test_a_prediction_depends_on_its_own_text_alone_and_texts_may_come_in_any_fo
     assert predict([("so", "bad")]) == predict([{"text_a": "so", "text_b": "bad"}]) != predict([("so", "good")])
 
 
-def test_a_file_to_predict_may_hold_texts_and_what_does_not_fit_is_one_line(toys, tmp_path, capsys):
+def test_one_example_instead_of_a_list_or_of_another_form_is_refused(toys, tmp_path):
+    run(toys, tmp_path / "one")
+    run(toys, tmp_path / "two", task="pairs")
+    one, two = train.load(tmp_path / "one"), train.load(tmp_path / "two")
+    for slip in ("good", {"text_a": "good"}, iter(["good"])):
+        with pytest.raises(ValueError, match=r"takes a list of examples, .*: predict\(\[...\]\)"):
+            one(slip)
+    for predict, example, words in (
+            (one, ("good", "film", "bad"), "example 1 is a list of 3"), (one, 3, "example 1: 3 is no object"),
+            (one, ("so", "good"), "learnt from single texts, and takes no pairs"), (one, {"text_a": None}, "text_a"),
+            (two, "good", "learnt from pairs of texts, and takes no single"), (two, ["so"], "is a list of 1")):
+        with pytest.raises(ValueError, match=words):
+            predict(["good" if predict is one else ("so", "good"), example])
+
+
+def test_lines_to_predict_come_as_they_are_made_in_order_and_alone(toys, tmp_path, monkeypatch, capsys):
     run(toys, tmp_path / "out")
-    write_lines(tmp_path / "texts.jsonl", ["a good film", {"text_a": "a bad film"}])
+    texts = [" ".join(["very"] * (i % 7) + ["good"]) for i in range(70)]
+    write_lines(tmp_path / "texts.jsonl", [text if i % 2 else {"text_a": text} for i, text in enumerate(texts)])
+    capsys.readouterr()
+    shown, score, load = [], train.score, train.load
+    monkeypatch.setattr(train, "load", lambda *args: sys.stdout.write("fetching a model") and load(*args))
+    monkeypatch.setattr(train, "score", lambda *args: shown.append("scored") or score(*args))
+    monkeypatch.setattr("builtins.print", lambda line, **how: shown.append(json.loads(line) if how["flush"] else line))
+    options = [f"--predict={tmp_path / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
+    assert train.main(options) == 0
+    places = [i for i, entry in enumerate(shown) if entry == "scored"]
+    assert places == [0, 65] and len(shown) == 72
+    assert capsys.readouterr().out == ""
+    found, expected = [entry for entry in shown if entry != "scored"], load(tmp_path / "out")(texts)
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["probability"] for entry in found] == pytest.approx([e["probability"] for e in expected], abs=1e-5)
+
+
+def test_predictions_in_a_pipeline(toys, tmp_path):
+    run(toys, tmp_path / "out")
+    command = [sys.executable, train.__file__, "--predict=-", f"--out_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, input='"good film"\n{"text_a": "bad"}\n', capture_output=True, text=True)
+    assert done.returncode == 0 and [set(json.loads(line)) for line in done.stdout.splitlines()] == [
+        {"label", "probability"}] * 2
+    whole = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    whole.stdout.close()  # as head does, when it has enough
+    _, error = whole.communicate(b'"good film"\n' * 70)
+    assert (whole.returncode, error) == (0, b"")
+
+
+def test_a_file_to_predict_that_does_not_fit_is_one_line_and_no_prediction(toys, tmp_path, capsys):
+    run(toys, tmp_path / "out")
     options = [f"--predict={tmp_path / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
     capsys.readouterr()
-    assert train.main(options) == 0
-    assert {json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()} <= {"likes it", "dislikes it"}
-    write_lines(tmp_path / "texts.jsonl", [{"prompt": "a", "choices": ["b", "c"]}])
-    assert 'takes examples with "text_a"' in fails(options, 1, capsys)
-    write_lines(tmp_path / "texts.jsonl", ["fine", 3])
-    assert "texts.jsonl, line 2" in fails(options, 1, capsys)
+    for lines, words in (([{"prompt": "a", "choices": ["b", "c"]}], 'line 1 has no "text_a", which this run on names'),
+                         (["fine", 3], "texts.jsonl, line 2"),
+                         (["fine", {"text_a": "so", "text_b": "fine"}], "line 2: this run on names learnt from")):
+        write_lines(tmp_path / "texts.jsonl", lines)
+        assert words in fails(options, 1, capsys)
     write_lines(tmp_path / "texts.jsonl", ["fine"])
     assert "holds no finished run" in fails([options[0], f"--out_dir={tmp_path}"], 1, capsys)
+    error = fails([*options, "--batch_size=8", "--task=cola"], 2, capsys)
+    assert "--batch_size, --task: with --predict there are --out_dir" in error
 
 
 # ---- A GPT on multiple choice ----------------------------------------------------------------------------------------
 
 
 def test_scores_and_loss_of_a_gpt_are_sums_of_its_own_log_probabilities(toys, tmp_path):
-    _, task, tokenizer, toy, encode = train.build(
-        train.parse(arguments(toys, tmp_path, "--dropout=0", model="llama", task="choice")))
-    examples, right = encode(task.validation), []
+    _, task, tokenizer, toy, examples = build(arguments(toys, tmp_path, "--dropout=0", model="llama", task="choice"))
+    right = []
     for example, scores in zip(examples, train.score(toy, examples, tokenizer.pad, CPU)):
         expected = []
         for row in example.rows:  # one at a time, without padding
@@ -267,6 +342,12 @@ def test_scores_and_loss_of_a_gpt_are_sums_of_its_own_log_probabilities(toys, tm
         assert scores.tolist() == pytest.approx(expected, abs=1e-4)
         right.append(expected[example.label])
     assert train.batch_loss(toy, task.kind, examples, tokenizer.pad, CPU).item() == pytest.approx(-sum(right), rel=1e-5)
+    n_tokens = sum(len(example["choices"][example["label"]]) for example in task.train)  # of bytes
+    options = ["--method=full", "--batch_size=60", "--max_steps=1", "--micro_batch_size=7"]
+    per_token = losses(run(toys, tmp_path, *options, model="llama", task="choice"))[0]
+    toy = build(arguments(toys, tmp_path, "--method=full", model="llama", task="choice"))[3]
+    whole = train.batch_loss(toy, task.kind, examples, tokenizer.pad, CPU).item()
+    assert per_token == pytest.approx(whole / n_tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize("more", [[], ["--train_on_prompt=true"]])
@@ -279,6 +360,9 @@ def test_the_instruct_protocol_trains_and_counts_what_cannot_be_read(more, toys,
 
 def test_a_written_answer_is_read_up_to_the_end_token(toys):
     class Writer(nn.Module):
+        def forward(self, idx, mask):
+            return torch.zeros(*idx.shape, 258), None
+
         def generate(self, idx, mask, max_new_tokens, eos):
             texts = ["it is option2", "who knows", "option1, not option2"]
             ids = [tokenizer.encode(text) + [eos] + tokenizer.encode("option1") for text in texts[:len(idx)]]
@@ -288,7 +372,7 @@ def test_a_written_answer_is_read_up_to_the_end_token(toys):
     tokenizer.check(258, False)
     records = [{**task.validation[0], "instruction": "same"}] * 3
     examples = train.encode_examples(records, tokenizer, True, 640, "instruct")
-    assert train.write_answers(Writer(), task, examples, tokenizer, CPU) == ["option2", None, "option1"]
+    assert train.write_answers(Writer(), examples, tokenizer, CPU, task.name) == ["option2", None, "option1"]
 
 
 # ---- The same numbers ------------------------------------------------------------------------------------------------
@@ -339,6 +423,14 @@ def test_the_same_command_writes_the_same_file_and_another_seed_or_dropout_other
     assert found[0] == found[1] and len(set(found)) == 3
 
 
+def test_every_step_of_every_seed_has_a_seed_of_its_own(toys, tmp_path, before_step):
+    seeds = []
+    before_step(lambda optimizer: seeds.append(torch.initial_seed()))
+    for seed in (0, 1):
+        run(toys, tmp_path / f"{seed}", f"--seed={seed}", "--dropout=0.1")
+    assert len(set(seeds)) == 12 and seeds[:6] == list(range(seeds[0], seeds[0] + 6))
+
+
 # ---- Nothing is lost -------------------------------------------------------------------------------------------------
 
 
@@ -349,8 +441,9 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_files(kind, more, step, 
     more = [*more, "--log_interval=4", "--checkpoint_interval=1"]  # checkpoints fall between progress lines
     run(toys, tmp_path / "whole", *more, **kind)
     interrupt(step)
-    assert "--resume=true goes on" in fails(arguments(toys, tmp_path / "cut", *more, **kind), 1, capsys)
-    assert list(files(tmp_path / "cut")) == ["checkpoint.pt"]
+    error = fails(arguments(toys, tmp_path / "cut", *more, **kind), 1, capsys)
+    assert f"interrupted; --resume=true goes on from {tmp_path / 'cut'}/checkpoint.pt" in error
+    assert "checkpoint.pt" in files(tmp_path / "cut")
     torch.manual_seed(99)
     assert train.main([f"--out_dir={tmp_path / 'cut'}", "--resume=true"]) == 0  # the other options are the run's
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
@@ -382,31 +475,147 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_numbers(toys, tmp_path)
     assert sorted(files(tmp_path / "cut")) == ["adapter.pt", "metrics.jsonl"]
 
 
-def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(toys, tmp_path, capsys):
+@pytest.mark.parametrize("step", [1, 5])
+def test_ctrl_c_saves_the_step_that_it_came_in(step, toys, tmp_path, in_step, capsys):
+    more = ["--checkpoint_interval=50", "--log_interval=4"]
+    whole, handler = run(toys, tmp_path / "whole", *more), signal.getsignal(signal.SIGINT)
+    in_step(step, lambda: os.kill(os.getpid(), signal.SIGINT))
+    error = fails(arguments(toys, tmp_path / "cut", *more), 1, capsys)
+    assert f"interrupted, and saved after step {step}; --resume=true goes on" in error
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert run(toys, tmp_path / "cut", *more, "--resume=true") == whole
+
+
+def test_an_interruption_says_no_more_than_is_true(toys, tmp_path, interrupt, monkeypatch, capsys):
+    interrupt(1)
+    error = fails(arguments(toys, tmp_path / "out"), 1, capsys)
+    assert error == "train.py: interrupted\n" and not (tmp_path / "out").exists()
+    run(toys, tmp_path / "out")
+    write_lines(tmp_path / "texts.jsonl", ["fine"])
+    monkeypatch.setattr(train, "score", lambda *args: signal.raise_signal(signal.SIGINT))
+    options = [f"--predict={tmp_path / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
+    capsys.readouterr()
+    assert fails(options, 1, capsys) == "train.py: interrupted\n"
+
+
+def test_a_refused_start_touches_nothing_of_the_run_that_holds_the_folder(toys, tmp_path, in_step, capsys):
+    def start_others():
+        before = files(tmp_path / "out")
+        for flag in ("--seed=1", "--overwrite=true", "--resume=true", "--task=nothing", "--overwrite=true"):
+            assert "another run is at work there" in fails(arguments(toys, tmp_path / "out", flag), 1, capsys)
+            assert files(tmp_path / "out") == before
+
+    whole = run(toys, tmp_path / "whole")
+    for step in (1, 4):  # while the folder is empty, and when it has a checkpoint
+        in_step(step, start_others)
+        assert run(toys, tmp_path / "out", "--overwrite=true") == whole
+
+
+def test_a_folder_that_its_run_removes_while_another_waits_is_made_again(tmp_path, monkeypatch):
+    flock, folder = runs.fcntl.flock, tmp_path / "out"
+
+    def remove_first(handle, how):
+        monkeypatch.setattr(runs.fcntl, "flock", flock)
+        folder.rmdir()
+        return flock(handle, how)
+
+    monkeypatch.setattr(runs.fcntl, "flock", remove_first)
+    with runs.open_run_folder(folder, False, False):
+        assert folder.exists()
+        with pytest.raises(ValueError, match="another run is at work"), runs.open_run_folder(folder, False, True):
+            pass
+        assert folder.exists()
+    assert not folder.exists()
+
+
+def test_a_killed_run_leaves_no_lock(toys, tmp_path, capsys):
     more = ["--max_steps=100000", "--checkpoint_interval=3", "--dropout=0.1"]
     process = subprocess.Popen([sys.executable, train.__file__, *arguments(toys, tmp_path / "out", *more)],
                                stdout=subprocess.DEVNULL)
     while not (tmp_path / "out" / "checkpoint.pt").exists():
         time.sleep(0.01)
         assert process.poll() is None
-    for flag in ("--overwrite=true", "--resume=true", "--seed=1"):
-        assert "another run is at work there" in fails(arguments(toys, tmp_path / "out", *more, flag), 1, capsys)
+    assert "another run is at work there" in fails(arguments(toys, tmp_path / "out", *more), 1, capsys)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert "holds an unfinished run" in fails(arguments(toys, tmp_path / "out", *more), 1, capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_else(toys, tmp_path, monkeypatch, capsys):
+    def deny(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp")
+
+    monkeypatch.setattr(runs.tempfile, "TemporaryFile", deny)
+    error = fails(arguments(toys, tmp_path / "out", "--task=nothing"), 1, capsys)
+    assert f"{tmp_path / 'out'} cannot be written (Permission denied): give another --out_dir" in error
+
+
+def test_metrics_grow_as_the_run_goes_and_a_resumed_run_repeats_no_line(toys, tmp_path, in_step, interrupt):
+    more, seen = ["--log_interval=1", "--checkpoint_interval=4"], []
+    in_step(4, lambda: seen.extend(lines(tmp_path / "whole")))
+    whole = run(toys, tmp_path / "whole", *more)
+    assert [line["step"] for line in seen] == [1, 2, 3] and seen == whole[:3]
+    interrupt(6)
+    assert train.main(arguments(toys, tmp_path / "cut", *more)) == 1
+    assert lines(tmp_path / "cut") == whole[:5]
+    assert run(toys, tmp_path / "cut", *more, "--resume=true") == whole
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"dislikes it": "awful"}, r"classes ['dislikes it', 'likes it'] there, ['awful', 'likes it'] now"),
+    ({"dislikes it": 0, "likes it": 1.5}, "kind classification there, regression now"),
+    ({"dislikes it": "likes it", "likes it": "dislikes it"}, "other data: "), ({}, "other data: data ")])
+def test_a_run_goes_on_with_the_same_data_alone(change, words, toys, tmp_path, interrupt, capsys):
+    shutil.copytree(toys / "names", tmp_path / "task")
+    own = f"--task={tmp_path / 'task'}"
+    interrupt(5)
+    fails(arguments(toys, tmp_path / "out", own), 1, capsys)
+    for split in ("train", "validation"):
+        examples = [json.loads(line) for line in (toys / "names" / f"{split}.jsonl").read_text().splitlines()]
+        changed = [{**example, "label": change.get(example["label"], example["label"])} for example in examples]
+        write_lines(tmp_path / "task" / f"{split}.jsonl", changed if change else examples[::-1])
+    before = files(tmp_path / "out")
+    error = fails(arguments(toys, tmp_path / "out", own, "--resume=true"), 1, capsys)
+    assert words in error and "--overwrite=true starts anew" in error and files(tmp_path / "out") == before
+    assert run(toys, tmp_path / "out", "--resume=true")[-1]["final"]  # a copy elsewhere is the same data
+
+
+def test_what_was_given_at_its_default_counts_and_a_run_may_go_on_on_another_device(
+        toys, tmp_path, interrupt, capsys):
+    interrupt(5)
+    fails(arguments(toys, tmp_path, "--alpha=32"), 1, capsys)
+    error = fails(arguments(toys, tmp_path, "--resume=true", "--alpha=16", "--max_steps=9"), 1, capsys)
+    assert "holds a run with alpha 32.0, max_steps 6, and --resume=true keeps its options" in error
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["device"] = "quantum"
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    options = [f"--out_dir={tmp_path}", "--resume=true", "--dtype=auto"]
+    assert "--device=quantum: this machine has" in fails(options, 1, capsys)
+    assert train.main([*options, "--device=cpu", "--micro_batch_size=4"]) == 0
+    settings = lines(tmp_path)[-1]["settings"]
+    assert (settings["device"], settings["micro_batch_size"], settings["alpha"]) == ("cpu", 4, 32)
+
+
+def test_a_run_goes_on_and_predicts_from_another_folder(toys, tmp_path, interrupt, monkeypatch, capsys):
+    monkeypatch.chdir(toys)
+    options = [*arguments(toys, tmp_path / "out"), "--model=bert", "--task=names"]
+    interrupt(5)
+    fails(options, 1, capsys)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--out_dir=out", "--resume=true"]) == 0
+    assert train.load("out")(["good"])
 
 
 def test_an_unfinished_run_stops_a_new_one_and_stays_until_the_new_one_has_a_checkpoint(
         toys, tmp_path, interrupt, capsys):
     interrupt(5)
     fails(arguments(toys, tmp_path), 1, capsys)
-    before = files(tmp_path)
-    assert list(before) == ["checkpoint.pt"]
+    before = (tmp_path / "checkpoint.pt").read_bytes()
     error = fails(arguments(toys, tmp_path, "--seed=1"), 1, capsys)
     assert "holds an unfinished run: give --resume=true, or --overwrite=true to start anew" in error
     interrupt(2)
     fails(arguments(toys, tmp_path, "--seed=1", "--overwrite=true"), 1, capsys)
-    assert files(tmp_path) == before
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert run(toys, tmp_path, "--seed=1", "--overwrite=true")[-1]["settings"]["seed"] == 1
 
 
@@ -416,10 +625,8 @@ def test_a_finished_run_stays_until_its_successor_is_finished(toys, tmp_path, in
     error = fails(arguments(toys, tmp_path), 1, capsys)
     assert "holds a finished run: give another --out_dir, or --overwrite=true to start anew" in error
     assert run(toys, tmp_path, "--resume=true") == ran and files(tmp_path) == before
-    error = fails(arguments(toys, tmp_path, "--resume=true", "--max_steps=9"), 1, capsys)
-    assert "a run of 6 steps, whose learning rate falls to 0 by then: it cannot be made longer" in error
-    error = fails(arguments(toys, tmp_path, "--resume=true", "--alpha=8", "--seed=2"), 1, capsys)
-    assert "another alpha, seed" in error and files(tmp_path) == before
+    error = fails(arguments(toys, tmp_path, "--resume=true", "--alpha=8", "--seed=0"), 1, capsys)
+    assert "holds a run with alpha 16.0, and" in error and files(tmp_path) == before
     interrupt(5)
     fails(arguments(toys, tmp_path, "--seed=1", "--overwrite=true"), 1, capsys)
     assert files(tmp_path) == before | {"checkpoint.pt": files(tmp_path)["checkpoint.pt"]}
@@ -434,17 +641,18 @@ def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(toys, tmp_path, int
     content = (tmp_path / "checkpoint.pt").read_bytes()
     for length in (0, 1000, len(content) // 2):
         (tmp_path / "checkpoint.pt").write_bytes(content[:length])
-        assert "holds no run that can be read" in fails(arguments(toys, tmp_path, "--resume=true"), 1, capsys)
-        assert files(tmp_path) == {"checkpoint.pt": content[:length]}
+        assert "checkpoint.pt cannot be read, as if cut short (" in fails(arguments(toys, tmp_path, "--resume=true"), 1, capsys)
+        assert files(tmp_path)["checkpoint.pt"] == content[:length]
 
 
 def test_the_folder_is_the_tasks_and_the_methods_and_a_tilde_is_the_home_folder(toys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert train.parse([]).out_dir == "out/sarcasm-dual_lora"
     assert train.parse([f"--task={toys}/names/", "--method=lora"]).out_dir == "out/names-lora"
-    options = ("task", "data_dir", "model", "out_dir", "predict")
+    options = ("task", "data_dir", "model", "out_dir")
     cfg = train.parse([f"--{name}=~/{name}" for name in options])
     assert [getattr(cfg, name) for name in options] == [f"{tmp_path}/{name}" for name in options]
+    assert train.parse(["--predict=~/texts"]).predict == f"{tmp_path}/texts"
     run(toys, tmp_path / "out")
     assert train.load("~/out")(["good"])
 
@@ -460,14 +668,35 @@ def test_a_console_that_cannot_print_a_folders_name_gets_escapes(toys, tmp_path)
 def test_a_full_disk_is_one_line_and_no_half_file(toys, tmp_path, full_disk, capsys):
     full_disk()
     assert "No space left on device" in fails(arguments(toys, tmp_path / "out"), 1, capsys)
-    assert not (tmp_path / "out").exists()
+    assert list(files(tmp_path / "out")) == ["metrics.jsonl"]
 
 
 def test_a_loss_that_becomes_nan_is_one_line_and_no_result(toys, tmp_path, capsys):
     options = ["--learning_rate=1e30", "--grad_clip=0", "--max_steps=60"]
     assert "the loss is NaN or infinite at step" in fails(arguments(toys, tmp_path / "out", *options), 1, capsys)
-    for path in tmp_path.glob("out/*"):
-        assert path.name == "checkpoint.pt" and torch.load(path, weights_only=True)["loss_sum"].isfinite()
+    for path in tmp_path.glob("out/*.pt"):
+        assert path.name == "checkpoint.pt"
+        assert torch.load(path, weights_only=True)["loss_sum"].isfinite()
+
+
+@pytest.mark.parametrize("model, task", [("bert", "names"), ("bert", "regression"), ("llama", "choice"),
+                                         ("llama", "instruct")])
+def test_a_model_that_gives_nan_is_one_line_and_no_number(model, task, toys, tmp_path, capsys):
+    shutil.copytree(toys / model, tmp_path / "model")
+    more = ["--protocol=instruct", "--max_length=640"] if task == "instruct" else []
+    options = [*arguments(toys, tmp_path / "out", *more, model=model, task=task), f"--model={tmp_path / 'model'}"]
+    assert train.main(options) == 0
+    state = torch.load(tmp_path / "model" / "pytorch_model.bin")
+    state[next(name for name in state if "layers.0" in name or "layer.0" in name)].view(-1)[0] = math.nan
+    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
+    options = [*options, f"--out_dir={tmp_path / 'broken'}", "--max_steps=0"]
+    assert "the model's output is NaN or infinite" in fails(options, 1, capsys)
+    assert not (tmp_path / "broken").exists()
+    capsys.readouterr()
+    options = [f"--predict={toys / task / 'validation.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
+    assert train.main(options) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and "the model's output is NaN or infinite" in shown.err
 
 
 # ---- Schedules and defaults ------------------------------------------------------------------------------------------
@@ -480,18 +709,20 @@ def test_the_learning_rate_rises_then_falls_and_nothing_is_decayed(toys, tmp_pat
     assert used == [(pytest.approx(0.01 * rate), 0) for rate in (0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25)]
 
 
-@pytest.mark.parametrize("steps, factors", [(4, [0.25, 0.5, 0.75, 1, 1, 1]), (0, [1] * 6)])
-def test_the_factor_on_dw_grows_to_1_and_no_step_is_spent_at_0(steps, factors, toys, tmp_path):
+@pytest.mark.parametrize("steps, factors", [(4, [0.25, 0.5, 0.75, 1, 1, 1]), (0, [1] * 6),
+                                            (12, [i / 12 for i in range(1, 7)])])
+def test_the_factor_on_dw_grows_to_1(steps, factors, toys, tmp_path):
     seen = []
 
     def look(layer, inputs):
-        if isinstance(layer, AdaptedLinear) and layer.training:
+        if isinstance(layer, DualLoRA) and layer.training:
             seen.append(layer.warmup.item())
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     run(toys, tmp_path, f"--scale_warmup_steps={steps}")
     hook.remove()
-    assert seen == [factor for factor in factors for _ in range(4)]  # q and v of two layers
+    assert seen == pytest.approx([factor for factor in factors for _ in range(4)])  # q and v of two layers
+    assert adapter(tmp_path)["backbone.layers.0.attention.q_proj.adapter.warmup"] == pytest.approx(factors[-1])
 
 
 @pytest.mark.parametrize("model, task, measured", [("bert", "names", "all-MiniLM-L6-v2"),
@@ -500,17 +731,38 @@ def test_what_is_not_set_is_printed_with_where_it_was_measured(model, task, meas
     options = [f"--model={toys / model}", f"--task={toys / task}", f"--out_dir={tmp_path}", "--device=cpu"]
     assert train.main([*options, "--epochs=2", "--batch_size=10"]) == 0
     shown, settings = capsys.readouterr().out, lines(tmp_path)[-1]["settings"]
-    assert f"measured on {measured}" in shown and f"learning_rate {settings['learning_rate']:g}" in shown
+    assert f"learning_rate, max_length: not set, so as measured on {measured}" in shown
+    assert f"learning_rate {settings['learning_rate']:g}" in shown
     assert settings["max_steps"] == 12 and settings["lr_warmup_steps"] == 1 and settings["scale_warmup_steps"] == 4
     assert settings["r1"] == settings["r2"] == 4
     assert settings["max_length"] == (64 if model == "bert" else 256)  # bert has 64 positions
 
 
-def test_the_first_lines_say_how_many_texts_were_cut(toys, tmp_path, capsys):
-    run(toys, tmp_path, "--max_length=8")
-    examples = load_task(toys / "names")
-    longer = sum(len(example["text_a"].split()) > 6 for example in examples.train + examples.validation)
-    assert f"\n{longer} examples are longer than 8 tokens and were cut\n" in capsys.readouterr().out and longer > 5
+def test_the_first_lines_say_what_the_run_is_of(toys, tmp_path, capsys):
+    run(toys, tmp_path / "out", "--max_length=8")
+    shown, task = capsys.readouterr().out, load_task(toys / "names")
+    longer = sum(len(example["text_a"].split()) > 6 for example in task.train + task.validation)
+    assert f"\nexamples longer than 8 tokens, which were cut: {longer}\n" in shown and longer > 5
+    likes = sum(example["label"] == 1 for example in task.train)
+    counts = sorted([(60 - likes, "dislikes it"), (likes, "likes it")], key=lambda pair: -pair[0])
+    assert (f"\nclassification, 2 classes: {counts[0][1]} {counts[0][0]}, {counts[1][1]} {counts[1][0]}; the commonest "
+            f"is {counts[0][0] / 60:.2f} of them\n") in shown
+    common = sum(task.classes[example["label"]] == counts[0][1] for example in task.validation) / 23
+    assert f"on 23 examples, {common:.4f} of them of the commonest class" in shown
+    assert "bert and a new head on cpu in float32: " in shown
+    layers = [layer for layer in build(arguments(toys, tmp_path))[3].modules() if isinstance(layer, AdaptedLinear)]
+    norms = sorted(100 * (layer.weight - layer.W0).norm().item() / layer.W0.norm().item() for layer in layers)
+    assert (f"with its full factor: {sum(norms[1:3]) / 2:.1f} % of W0's (median of 4 layers, {norms[0]:.1f} to "
+            f"{norms[-1]:.1f} %)\n") in shown
+    run(toys, tmp_path / "regression", task="regression")
+    assert "\nregression, since labels have a decimal point\n" in capsys.readouterr().out
+
+
+def test_many_classes_are_one_line_that_is_cut():
+    counts = list(range(20))
+    data = {"kind": "classification", "classes": [f"c{i}" for i in counts], "counts": counts, "n_train": sum(counts)}
+    assert runs.describe(data) == ("classification, 20 classes: c19 19, c18 18, c17 17, c16 16, c15 15, c14 14, "
+                                   "c13 13, c12 12, ...; the commonest is 0.10 of them")
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
@@ -522,7 +774,8 @@ def test_the_first_lines_say_how_many_texts_were_cut(toys, tmp_path, capsys):
     ("--seed=-1", "at least 0"), ("--r=7", "--r=7: Dual LoRA halves it"), ("--epochs=3", "give one of them"),
     ("--train_on_prompt=true", "does nothing with --protocol=likelihood"),
     ("--method=lora --init_std=1", "--init_std=1.0 does nothing with --method=lora"),
-    ("--method=full --r=4", "--r=4 does nothing with --method=full"),
+    ("--method=full --r=8", "--r=8 does nothing with --method=full"),
+    ("--method=lora --scale_warmup_steps=9", "--scale_warmup_steps=9 does nothing with --method=lora"),
     ("--method=full --weights=bfloat16", "--weights=bfloat16 with --method=full")])
 def test_a_bad_option_is_one_line_and_status_2(option, words, toys, tmp_path, capsys):
     assert words in fails([*arguments(toys, tmp_path / "out"), *option.split()], 2, capsys)
@@ -545,7 +798,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name}" in shown for name in train.Config.__dataclass_fields__)
+    assert all(f"--{name}" in shown for name in train.settings_of(train.Config()))
 
 
 # ---- Slow ------------------------------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ Methods beside train.py's are in methods.py. With --grid=1e-3,2e-3 the rate is c
 own, --full_grid. "dora@lora" takes the rate that was chosen for lora. With --seeds=0 the grid alone is run. --jobs=2
 makes two runs at a time, with one thread each.
 
-Finished runs are lines of out_dir/runs.jsonl and are not made again. A run that was cut short goes on at its
-checkpoint. So the same command goes on where it was stopped. Its tables are printed, and saved as out_dir/tables.md
-and tables.json.
+Finished runs are lines of out_dir/runs.jsonl and are not made again, if options and data are the same. A run that was
+cut short goes on at its checkpoint. So the same command goes on where it was stopped. Its tables are printed, and saved
+as out_dir/tables.md and tables.json.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,13 +36,14 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from data.instruct import COMMONSENSE  # noqa: E402
 from data.metrics import score  # noqa: E402
-from data.tasks import Task, load_task  # noqa: E402
+from data.runs import data_of  # noqa: E402
 from dual_lora import adapter_state_dict  # noqa: E402
 from methods import adapter_report  # noqa: E402: methods.py also adds its methods to train.METHODS
 
 GRID_SEED = 1000  # the first one
 NO_MATTER = ("out_dir", "resume", "overwrite", "data_dir", "device", "eval_interval", "log_interval",
-             "checkpoint_interval")
+             "checkpoint_interval", "given")
+PER_RUN = ("method", "seed", "held_out", "resume", "overwrite", "predict")  # of train.py, which are set here
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; with more the last one is a little too wide.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -48,15 +51,30 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 def parse(arguments):
     parser = argparse.ArgumentParser(usage="compare.py [--name=value ...]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sarcasm")
-    parser.add_argument("--methods", default="lora,dual_lora")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--grid")
-    parser.add_argument("--full_grid")
-    parser.add_argument("--grid_seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out_dir", type=Path, default=Path("out/compare"))
-    return parser.parse_known_args(arguments)
+    parser.error = train.refuse
+    parser.add_argument("--task", default="sarcasm", help="names or folders, with commas between (default sarcasm)")
+    parser.add_argument("--methods", default="lora,dual_lora", help="what is compared, differences being to the first "
+                        "(default lora,dual_lora)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method on each task (default 5)")
+    parser.add_argument("--grid", help="learning rates to choose from; without it train.py's default is taken")
+    parser.add_argument("--full_grid", help="those of --methods=full, if others")
+    parser.add_argument("--grid_seeds", type=int, default=1, help="runs of each rate of the grid (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--out_dir", type=Path, default=Path("out/compare"), help="(default out/compare)")
+    args, options = parser.parse_known_args(arguments)
+    for name in PER_RUN:
+        if any(option.partition("=")[0] == f"--{name}" for option in options):
+            raise ValueError(f"--{name} is set for each run: the options here are --methods, --seeds and --grid")
+    if not args.grid and (args.full_grid or args.grid_seeds > 1):
+        raise ValueError("--full_grid and --grid_seeds do nothing without --grid")
+    for task in args.task.split(","):  # so that a wrong option is noticed before the first run
+        for method in args.methods.split(","):
+            cfg, source = config(task, method, options), method.partition("@")[2]
+            if source and source not in args.methods.split(","):
+                raise ValueError(f"--methods has {method!r}, and no {source!r} whose learning rate it could take")
+            if args.grid and "learning_rate" in cfg.given:
+                raise ValueError(f"{task}, {method}: --learning_rate is given, and --grid to choose it from")
+    return args, options
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -76,9 +94,21 @@ def config(task, method, options, **values):
 
 
 def identity(options):
-    """{option: value} of all that is not at its default and can change a result. Two runs with one identity are one."""
-    return {name: value for name, value in sorted(options.items())
-            if name not in NO_MATTER and value != getattr(train.Config, name, None)}
+    """{option: value} of all that is not at its default and can change a result. A folder is known by its name: the
+    data in it are compared by themselves."""
+    found = {name: value for name, value in sorted(options.items())
+             if name not in NO_MATTER and value != getattr(train.Config, name, None)}
+    return found | {"task": Path(found["task"]).name} if "task" in found else found
+
+
+@functools.lru_cache
+def data_hash(task, data_dir, held_out, eval_examples):
+    return data_of(train.read_task(train.Config(task=task, data_dir=data_dir, held_out=held_out,
+                                                eval_examples=eval_examples)))["data"]
+
+
+def data_of_run(cfg):
+    return data_hash(cfg.task, cfg.data_dir, cfg.held_out, cfg.eval_examples)
 
 
 def read_runs(out_dir):
@@ -87,40 +117,58 @@ def read_runs(out_dir):
 
 
 def find_run(runs, cfg):
-    return next((run for run in runs if identity(run["options"]) == identity(vars(cfg))), None)
+    """The run with the options and the data of cfg, or None."""
+    return next((run for run in runs
+                 if run["options"] == identity(vars(cfg)) and run.get("data") == data_of_run(cfg)), None)
 
 
-def run_all(configs, out_dir, jobs):
+def run_all(configs, out_dir, jobs, purpose):
     """The runs of `configs`, in order; those that are not in runs.jsonl yet are made and added."""
     out_dir.mkdir(parents=True, exist_ok=True)
     known = read_runs(out_dir)
     todo = [cfg for cfg in configs if find_run(known, cfg) is None]
-    if jobs > 1 and len(todo) > 1:
-        with concurrent.futures.ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            pending = [pool.submit(run_one, cfg, out_dir) for cfg in todo]
-            for future in concurrent.futures.as_completed(pending):
-                add_run(future.result(), out_dir)
-    else:
-        for cfg in todo:
-            add_run(run_one(cfg, out_dir), out_dir)
+    stale = sum(any(run["options"] == identity(vars(cfg)) for run in known) for cfg in todo)
+    print(f"{purpose}: {len(configs)} runs; {len(configs) - len(todo)} are in {out_dir / 'runs.jsonl'}, with the same "
+          f"options and data{f'; {stale} are there with other data, and are made again' if stale else ''}", flush=True)
+    began = time.time()
+    for done, run in enumerate(make_runs(todo, out_dir, jobs), 1):
+        with open(out_dir / "runs.jsonl", "a") as file:
+            file.write(json.dumps(run) + "\n")
+        left = (time.time() - began) / done * (len(todo) - done) / 60
+        print(f"run {done}/{len(todo)}, {run['method']}, about {left:.0f} min left: "
+              f"{', '.join(f'{name} {value}' for name, value in run['options'].items())} -> {run['value']}", flush=True)
     known = read_runs(out_dir)
     return [find_run(known, cfg) for cfg in configs]
 
 
-def add_run(run, out_dir):
-    with open(out_dir / "runs.jsonl", "a") as file:
-        file.write(json.dumps(run) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in run["options"].items()), "->", run["value"], flush=True)
+def make_runs(configs, out_dir, jobs):
+    """Yield the run of each of `configs`, as they end."""
+    if jobs == 1:
+        for cfg in configs:
+            yield run_one(cfg, out_dir)
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending = [pool.submit(run_in_worker, cfg, out_dir) for cfg in configs]
+        for future in concurrent.futures.as_completed(pending):
+            yield future.result()
+
+
+def run_in_worker(cfg, out_dir):
+    try:
+        return run_one(cfg, out_dir)
+    except KeyboardInterrupt:  # the run has saved its state; a worker that went on would begin another one
+        os._exit(1)
 
 
 def run_one(cfg, out_dir):
     """Train, look inside, and keep of it one dict."""
-    options = identity(vars(cfg))
-    folder = out_dir / "running" / "-".join(f"{key}={value}" for key, value in options.items()).replace("/", "_")
+    options, data = identity(vars(cfg)), data_of_run(cfg)
+    name = "-".join(f"{key}={value}" for key, value in [*options.items(), ("data", data)])
+    folder = out_dir / "running" / name.replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    run = {"options": options, "task": cfg.task, "method": cfg.method, "learning_rate": cfg.learning_rate,
-           "seed": cfg.seed, "held_out": cfg.held_out, "value": None, "commit": commit(),
-           "date": time.strftime("%Y-%m-%d")}
+    run = {"options": options, "task": options.get("task", cfg.task), "method": cfg.method,
+           "learning_rate": cfg.learning_rate, "seed": cfg.seed, "held_out": cfg.held_out, "data": data, "value": None,
+           "commit": commit(), "date": time.strftime("%Y-%m-%d")}
     began = time.time()
     try:
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -131,7 +179,7 @@ def run_one(cfg, out_dir):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [[line["step"], line["validation"][result["metric"]]] for line in lines
              if "step" in line and "validation" in line]
-    run |= {name: result[name] for name in ("metric", "value", "validation", "trainable", "settings")}
+    run |= {name: result[name] for name in ("metric", "value", "validation", "trainable", "classes", "settings")}
     run |= {"learning_rate": result["settings"]["learning_rate"], "seconds": round(time.time() - began),
             "curve": curve, "inside": inside}
     shutil.rmtree(folder)
@@ -144,10 +192,9 @@ def look_inside(result, folder):
     cfg = train.Config(**result["settings"])
     if train.METHODS[cfg.method][0] is None:
         return {}
-    task = Task(result["task"], result["kind"], result["classes"], result["metric"], [], [])
-    start = adapter_state_dict(train.build(cfg, task)[3])
-    model = train.build(cfg, task, folder / "adapter.pt")[3]
-    rows = list(adapter_report(model, since=start).values())
+    models = [train.add_trained(cfg, train.load_base(cfg)[1], result["kind"], len(result["classes"]) or 1, file)
+              for file in (None, folder / "adapter.pt")]
+    rows = list(adapter_report(models[1], since=adapter_state_dict(models[0])).values())
     return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
 
 
@@ -172,7 +219,7 @@ def choose_rates(tasks, methods, options, args):
              for task in tasks for method in methods if "@" not in method for rate in grid(method)
              for seed in range(GRID_SEED, GRID_SEED + args.grid_seeds)}
     values = Counter()
-    for (*key, _), run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs)):
+    for (*key, _), run in zip(tried, run_all(list(tried.values()), args.out_dir, args.jobs, "grid")):
         values[tuple(key)] += value_or_worst(run["value"])
     rates = {}
     for task in tasks:
@@ -194,7 +241,7 @@ def compare(args, options):
         return None
     configs = {(task, method, seed): config(task, method, options, learning_rate=rates.get((task, method)), seed=seed)
                for task in tasks for method in methods for seed in range(args.seeds)}
-    runs = dict(zip(configs, run_all(list(configs.values()), args.out_dir, args.jobs)))
+    runs = dict(zip(configs, run_all(list(configs.values()), args.out_dir, args.jobs, "seeds")))
     rows = []
     for method in methods:
         of_method = {task: [runs[task, method, seed] for seed in range(args.seeds)] for task in tasks}
@@ -221,7 +268,7 @@ def column_name(task, run):
 
 def majority(cfg):
     """The metric of whoever always says the commonest class of the training data; None where there are no classes."""
-    task = load_task(cfg.task, cfg.data_dir, cfg.metric)
+    task = train.read_task(cfg)
     if task.kind != "classification":
         return None
     commonest = Counter(example["label"] for example in task.train).most_common(1)[0][0]
@@ -238,17 +285,17 @@ def setting(configs, runs, args):
               for cfg, run in zip(configs, runs)]  # a run of an earlier commit has no settings
     rates = (f"chosen from {args.grid} on held-out training data by {args.grid_seeds} seed(s)" if args.grid
              else "not searched")
-    return (f"{each(train.RIGHT_NAMES.get(model, model) for model in models)}; adapters on "
+    return (f"{each(train.FULL_NAMES.get(model, model) for model in models)}; adapters on "
             f"{each(cfg.targets for cfg in configs)}, r = {each(cfg.r for cfg in configs)}, Dual LoRA r1 = r2 = r / 2, "
             f"alpha {each(f'{cfg.alpha:g}' for cfg in configs)}, unless a method's name says otherwise; "
             f"{each(cfg.batch_size for cfg in configs)} examples a step; learning rates {rates}.")
 
 
 def paired(ours, theirs):
-    """(mean difference, half width of its 95 % interval by Student's t), paired by seed; no width for one seed."""
+    """(mean difference, half width of its 95 % interval by Student's t), paired by seed; None for one seed's width."""
     differences = [a - b for a, b in zip(ours, theirs)]
     n = len(differences)
-    width = T_QUANTILES[min(n - 2, 9)] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    width = T_QUANTILES[min(n - 2, 9)] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
     return statistics.mean(differences), width
 
 
@@ -258,8 +305,9 @@ def paired(ours, theirs):
 def markdown(result):
     rows, names = result["rows"], list(result["rows"][0]["values"])
     columns = result["columns"] + ["mean"] * (len(names) - len(result["columns"]))
-    text = (f"{result['setting']}\n\nMean ± standard deviation over {result['seeds']} seeds, in brackets the learning "
-            f"rate.\n\n")
+    several = result["seeds"] > 1
+    of_seeds = f"Mean ± standard deviation over {result['seeds']} seeds" if several else "One seed"
+    text = f"{result['setting']}\n\n{of_seeds}, in brackets the learning rate.\n\n"
     values = [[row["method"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", *(spread(row, name) for name in names)]
               for row in rows]
     chance = [result["majority"].get(name) for name in names]
@@ -267,8 +315,8 @@ def markdown(result):
         values.append(["commonest class", "", "", *("" if value is None else f"{value:.4f}" for value in chance)])
     text += table(["method", "parameters", "seconds", *columns], values)
     if rows[1:]:
-        text += (f"\nDifference to {rows[0]['method']} in points (hundredths), paired by seed, ± half the 95 % "
-                 f"interval.\n\n")
+        text += (f"\nDifference to {rows[0]['method']} in points (hundredths)"
+                 f"{', paired by seed, ± half the 95 % interval' if several else ''}.\n\n")
         text += table(["method", *columns], [[row["method"], *(in_points(*row["difference"][name]) for name in names)]
                                              for row in rows[1:]])
     return text
@@ -276,12 +324,12 @@ def markdown(result):
 
 def spread(row, name):
     values, rate = row["values"][name], row["rates"].get(name)
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}" + (f" ({rate:g})" if rate else "")
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}" + (f" ({rate:g})" if rate else "")
 
 
 def in_points(difference, width):
-    return f"{100 * difference:+.1f} ± {100 * width:.1f}"
+    return f"{100 * difference:+.1f}" + ("" if width is None else f" ± {100 * width:.1f}")
 
 
 def table(head, rows):
@@ -289,11 +337,15 @@ def table(head, rows):
 
 
 def main(arguments):
-    args, options = parse(arguments)
+    args = None
     try:
+        args, options = parse(arguments)
         result = compare(args, options)
-    except ValueError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if args else 2
+    except KeyboardInterrupt:
+        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
     if result:
         print(f"\n{markdown(result)}")

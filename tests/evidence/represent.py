@@ -125,13 +125,17 @@ def signal(folder, cut):
     cfg = train.Config(**run["settings"])
     task = load_task(cfg.task, cfg.data_dir, cfg.metric)
     task.validation = task.validation[:cut]
-    start = {name: layer.adapter.delta_weight() for name, layer in adapted_layers(train.build(cfg, task)[3]).items()}
-    cfg, _, tokenizer, model, encode = train.build(cfg, task, folder / "adapter.pt")
+    models = []
+    for file in (None, folder / "adapter.pt"):  # as drawn, and as trained
+        tokenizer, base = train.load_base(cfg)
+        models.append(train.add_trained(cfg, base, task.kind, task.n_outputs, file))
+    start = {name: layer.adapter.delta_weight() for name, layer in adapted_layers(models[0]).items()}
+    model = models[1]
     before = {name: layer.out_in(layer.W0).clone() for name, layer in adapted_layers(model).items()}
     whole = {name: layer.adapter.delta_weight() for name, layer in adapted_layers(model).items()}
     if cfg.method == "lora":  # its B starts at 0
         start = {name: torch.zeros_like(dW) for name, dW in whole.items()}
-    validation, model = encode(task.validation), merge_adapters(model)
+    validation, model = train.encode(cfg, base, tokenizer, task.validation), merge_adapters(model)
 
     def low_rank(matrix, r):
         B, A = best_low_rank(matrix, r)
