@@ -146,7 +146,7 @@ def draw(points, divided, path):
                color=COLOURS[2])
     left.set(xlabel="associations to learn", ylabel="share recalled", ylim=(0, 1.03))
     left.legend(fontsize=7, loc="lower left")
-    right.set(title=f"Dual LoRA, {n} associations", xlabel="r1, with r1 + r2 = 8")
+    right.set(title=f"Dual LoRA, {n} associations", xlabel="r1, with r1 + r2 = 8; dotted: LoRA, r = 8, 4")
     save(plt, figure, path)
 
 
