@@ -646,4 +646,4 @@ if __name__ == "__main__":  # the example of the first page: change a number, an
         before, optimizer = adapter.delta_weight(), torch.optim.SGD(adapter.parameters(), lr=0.2)
         (0.5 * before).sum().backward()  # so that dL/dW is 0.5 everywhere
         optimizer.step()
-        print(f"{type(adapter).__name__}: dW was {before.tolist()} and is {adapter.delta_weight().tolist()}")
+        print(f"{type(adapter).__name__}: dW was\n{before.detach()}\nand is\n{adapter.delta_weight().detach()}\n")
