@@ -2,7 +2,6 @@
 
     python tests/evidence/draw.py dW OUT.png RUN_DUAL RUN_LORA [LAYER]     # out_dirs of train.py; or a middle layer
     python tests/evidence/draw.py rates OUT.png RUNS.jsonl                 # held-out metric over learning rates
-    python tests/evidence/draw.py learnt OUT.png RUNS.jsonl                # share of runs that learn, over them
     python tests/evidence/draw.py steps OUT.png RUNS.jsonl                 # metric over steps
     python tests/evidence/draw.py seeds OUT.png RUNS.jsonl                 # a dot a run
     python tests/evidence/draw.py represent OUT.png represent.json
@@ -137,11 +136,8 @@ def curve_points(runs):
     return {step: [curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)}
 
 
-def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic, shares=False):
-    """A panel a task, a line a method: the mean, and a band from the least to the greatest value.
-
-    shares: the share of the runs that came near the best of their panel, instead.
-    """
+def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
+    """A panel a task, a line a method: the mean, and a band from the least to the greatest value."""
     labels = list(dict.fromkeys(label for task in tasks.values() for label in task))
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -150,18 +146,14 @@ def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic, shares=False):
     for axis in axes.flat[len(tasks):]:
         axis.remove()
     for axis, (task, methods) in zip(axes.flat, tasks.items()):
-        best = max(run["value"] for runs in methods.values() for run in runs)
         for label, runs in methods.items():
             x, values = zip(*sorted(points_of(runs).items()))
             i = labels.index(label)
             style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2)
-            if shares:
-                values = [[value > best - NEAR for value in v] for v in values]
             axis.plot(x, [statistics.mean(v) for v in values], label=label, **style)
-            if not shares:
-                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=style["color"],
-                                  alpha=0.15, linewidth=0)
-        axis.set(title=task, xlabel=xlabel, ylabel=f"runs within {NEAR} of the best" if shares else runs[0]["metric"])
+            axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15,
+                              linewidth=0)
+        axis.set(title=task, xlabel=xlabel, ylabel=runs[0]["metric"])
         if logarithmic:
             axis.set_xscale("log")
             rates = sorted({run["learning_rate"] for runs in methods.values() for run in runs})
@@ -230,16 +222,14 @@ def save(plt, figure, path):
 
 def main(arguments):
     kind, *rest = arguments or [""]
-    if kind not in ("dW", "rates", "learnt", "steps", "seeds", "represent") or \
-            len(rest) not in ((3, 4) if kind == "dW" else (2,)):
+    if len(rest) not in {"dW": (3, 4), "rates": (2,), "steps": (2,), "seeds": (2,), "represent": (2,)}.get(kind, ()):
         sys.exit(__doc__.strip())
     try:
         plt = pyplot()
         if kind == "dW":
             draw_dW(plt, *rest)
-        elif kind in ("rates", "learnt"):
-            draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True,
-                        shares=kind == "learnt")
+        elif kind == "rates":
+            draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True)
         elif kind == "steps":
             draw_panels(plt, rest[0], read_runs(rest[1], False), curve_points, "step", logarithmic=False)
         elif kind == "seeds":

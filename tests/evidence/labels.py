@@ -1,10 +1,10 @@
 """Random labels on a real model: how fast is what has no rule learnt by heart?
 
-    python tests/evidence/labels.py --out_dir=out/labels
+    python tests/evidence/labels.py --n=512 --steps=300
 
-all-MiniLM-L6-v2, adapters on q and v; 512 headlines, each with one of 8 labels at random. Prints the training loss
-over the steps, and the share of the headlines whose label is recalled in the end. Each method's rate is the best of
-RATES by the last losses of a seed that is not shown. Every run is a line of --out_dir/runs.jsonl, not made again.
+all-MiniLM-L6-v2, adapters on q and v; --n headlines, each with one of 8 labels at random. Prints the training loss over
+the steps at both RATES with seed 1000; then, at the rate whose last loss was lower, means over --seeds other seeds.
+Every run is a line of --out_dir/runs.jsonl, and is not made again.
 """
 import argparse
 import contextlib
@@ -27,35 +27,36 @@ METHODS = {
     "Dual LoRA, 2 + 2": ["--method=dual_lora", "--r=4"],
     "LoRA, r = 2": ["--method=lora", "--r=2"],
 }
-RATES, GRID_SEED, SEEDS = (2e-3, 4e-3), 1000, (0, 1, 2)
-N, STEPS, INTERVAL = 512, 300, 30
+RATES, GRID_SEED = (2e-3, 4e-3), 1000
+LINES = 10  # of the training loss, in a run
 
 
-def task_folder(out_dir, seed):
+def task_folder(args, seed):
     """A task whose validation set is its training set."""
-    folder, rng = out_dir / f"task-{seed}", random.Random(seed)
+    folder, rng = args.out_dir / f"task-{args.n}-{seed}", random.Random(seed)
     if not folder.exists():
         headlines = [example["text_a"] for example in load_task("sarcasm").train]
         text = "".join(json.dumps({"text_a": headline, "label": rng.choice("abcdefgh")}) + "\n"
-                       for headline in rng.sample(headlines, N))
+                       for headline in rng.sample(headlines, args.n))
         folder.mkdir(parents=True)
         for name in ("train", "validation"):
             (folder / f"{name}.jsonl").write_text(text)
     return folder
 
 
-def learn(method, rate, seed, out_dir):
+def learn(method, rate, seed, args):
     """The run as a dict: of runs.jsonl, or made and added to it."""
-    path, run = out_dir / "runs.jsonl", {"method": method, "rate": rate, "seed": seed}
+    path = args.out_dir / "runs.jsonl"
+    run = {"method": method, "rate": rate, "seed": seed, "n": args.n, "steps": args.steps}
     for line in path.read_text().splitlines() if path.exists() else []:
         if run.items() <= json.loads(line).items():
             return json.loads(line)
-    folder = out_dir / "running"
+    folder = args.out_dir / "running"
     shutil.rmtree(folder, ignore_errors=True)
-    with open(out_dir / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+    with open(args.out_dir / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         result = train.train(train.parse([
-            *METHODS[method], f"--task={task_folder(out_dir, seed)}", f"--out_dir={folder}", f"--learning_rate={rate}",
-            f"--seed={seed}", f"--max_steps={STEPS}", f"--log_interval={INTERVAL}", "--max_length=16",
+            *METHODS[method], f"--task={task_folder(args, seed)}", f"--out_dir={folder}", f"--learning_rate={rate}",
+            f"--seed={seed}", f"--max_steps={args.steps}", f"--log_interval={args.steps // LINES}", "--max_length=16",
             "--dtype=float32"]))
     losses = [line["loss"] for line in map(json.loads, open(folder / "metrics.jsonl")) if "loss" in line]
     run |= {"losses": losses, "recalled": result["value"], "commit": commit()}
@@ -64,25 +65,30 @@ def learn(method, rate, seed, out_dir):
     return run
 
 
+def row(name, runs):
+    """Means of the losses, and the shares recalled."""
+    losses = [f"{statistics.mean(column):.2f}" for column in zip(*(run["losses"] for run in runs))]
+    return [name, *losses, ", ".join(f"{run['recalled']:.2f}" for run in runs)]
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=300, help=f"a multiple of {LINES}")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out_dir", type=Path, default=Path("out/labels"))
     args = parser.parse_args(arguments)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    rates = {}
-    for method in METHODS:
-        tried = {rate: learn(method, rate, GRID_SEED, args.out_dir)["losses"][-1] for rate in RATES}
-        rates[method] = min(tried, key=tried.get)
-        print(f"{method}: last loss", ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in tried.items()), flush=True)
-    runs = {method: [] for method in METHODS}
-    for seed in SEEDS:
-        for method, rate in rates.items():
-            runs[method].append(learn(method, rate, seed, args.out_dir))
-    shown = range(1, STEPS // INTERVAL, 2)
-    rows = [[f"{method}, {rates[method]:g}",
-             *(f"{statistics.mean(run['losses'][i] for run in of_method):.2f}" for i in shown),
-             ", ".join(f"{run['recalled']:.2f}" for run in of_method)] for method, of_method in runs.items()]
-    print("\n" + table(["method and rate, loss at step", *(str((i + 1) * INTERVAL) for i in shown), "recalled"], rows))
+    header = ["loss at step", *(str(args.steps * i // LINES) for i in range(1, LINES + 1)), "recalled"]
+    grid = {method: [learn(method, rate, GRID_SEED, args) for rate in RATES] for method in METHODS}
+    print(table(header, [row(f"{run['method']} at {run['rate']:g}", [run]) for runs in grid.values() for run in runs]))
+    if args.seeds:
+        rows = []
+        for method, tried in grid.items():
+            rate = min(tried, key=lambda run: run["losses"][-1])["rate"]
+            runs = [learn(method, rate, seed, args) for seed in range(args.seeds)]
+            rows.append(row(f"{method} at {rate:g}", runs))
+        print(table(header, rows))
 
 
 if __name__ == "__main__":

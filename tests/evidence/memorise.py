@@ -51,6 +51,7 @@ LINES = {
     "LoRA, r = 4": ("lora", 2, 2, 3.5),
     "Dual LoRA, 4 + 4": ("dual_lora", 4, 4, 3),
     "Dual LoRA, 8 + 8": ("dual_lora", 8, 8, 5),
+    "Dual LoRA, 7 + 1": ("dual_lora", 7, 1, 4),
     "no Sign, 4 + 4": ("no_sign", 4, 4, 5),
     "LoHa, 4 + 4": ("loha", 4, 4, 6),
     "no ReLU, 4 + 4": ("no_relu", 4, 4, 3),
@@ -134,8 +135,8 @@ def draw(points, divided, path):
     plt, ((n, _),) = pyplot(), divided["1"].items()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1), sharey=True, layout="constrained")
     for i, (label, of_line) in enumerate(points.items()):
-        colour, means = [*COLOURS, "#888888"][i], [statistics.mean(v) for v in of_line.values()]
-        left.plot(list(of_line), means, color=colour, linestyle="-" if i < 4 else "--", marker=f"{MARKERS}*"[i],
+        colour, means = [*COLOURS, "#888888", "#8C6D31"][i], [statistics.mean(v) for v in of_line.values()]
+        left.plot(list(of_line), means, color=colour, linestyle="-" if i < 5 else "--", marker=f"{MARKERS}*p"[i],
                   markersize=4, linewidth=1.3, label=label)
         left.fill_between(list(of_line), *zip(*((min(v), max(v)) for v in of_line.values())), alpha=0.15, color=colour,
                           linewidth=0)
@@ -145,7 +146,7 @@ def draw(points, divided, path):
                color=COLOURS[2])
     left.set(xlabel="associations to learn", ylabel="share recalled", ylim=(0, 1.03))
     left.legend(fontsize=7, loc="lower left")
-    right.set(title=f"Dual LoRA, {n} associations", xlabel="r1, with r1 + r2 = 8")
+    right.set(title=f"Dual LoRA, {n} associations", xlabel="r1, with r1 + r2 = 8; dotted: LoRA, r = 8, 4")
     save(plt, figure, path)
 
 
