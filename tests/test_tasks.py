@@ -83,6 +83,7 @@ BAD_LINES = [
     (LINE + b'{"text_a": "x", "label": "1"}', "line 2: labels that are text among labels that are numbers"),
     (LINE * 3, "line 1 and all others have label 1"), (lines_of(labelled("2.5")), "line 1: .* is a number as text"),
     (LINE + b'{"prompt": "x", "choices": [" a", ""], "label": 0}', 'line 2: "choices" .*none empty.* ." a", "".$'),
+    (b'{"prompt": "x", "choices": ["a"], "label": 0}', '"choices" should be two texts or more'),
     (b'{"prompt": "x", "choices": ["a", "b"], "label": 2}', "label 2 is out of range: with 2 choices it is 0 to 1"),
     (LINE + b"[" * 100_000, "line 2: not JSON that can be read .maximum recursion depth.*; a line is ."),
     (b'{"instruction": "x", "output": "not answer1: answer2", "answer": "answer2"}', 'line 1: "answer" is .answer2.'),

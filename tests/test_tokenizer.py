@@ -88,7 +88,8 @@ SPLIT = {"type": "Sequence", "pretokenizers": [
 def byte_spec(pre_tokenizer=None, **parts):
     """A byte-level tokenizer.json with the bytes at 0 to 255 and a few merges, which tell where words are cut."""
     merges = ["h e", "Ġ he", "1 2", "Ġ 12", "Ġ Ġ", "Ċ Ċ", "ĠĠ 12", "' s"]
-    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *(merge.replace(" ", "") for merge in merges)])}
+    joined = [merge.replace(" ", "") for merge in reversed(merges)]  # ids in another order than merges, as RoBERTa's
+    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *joined])}
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     return {"model": model, "pre_tokenizer": pre_tokenizer or BYTE_LEVEL, **parts}
 
