@@ -680,7 +680,6 @@ def test_gpt2_trains_under_either_checkpointing_merges_and_is_saved_whole(tmp_pa
     adapted = model.eval()(input_ids=ids).logits
     merge_adapters(model)
     kinds = [{name: type(m) for name, m in each.named_modules()} for each in (model, plain)]
-    assert all(p.is_contiguous() for p in model.parameters())
     assert kinds[0] == kinds[1] and not torch.allclose(adapted, plain.eval()(input_ids=ids).logits, atol=1e-4)
     torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)

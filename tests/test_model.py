@@ -170,12 +170,16 @@ def test_after_eos_a_row_generates_nothing_else():
 @torch.no_grad()
 def test_a_classifier_reads_an_encoders_mean_or_a_gpts_last_token_whatever_the_batch(kind):
     model, rows = Classifier(tiny(kind), 3), texts(3, 9, 20, 1)
+    assert 0.01 < model.head.weight.std() < 0.03, "it starts small"
     alone = torch.cat([model(row) for row in rows])  # (4, 3)
     read = [model.backbone(row).mean(1) if kind == "bert" else model.backbone.hidden(row)[:, -1] for row in rows]
     close(alone, model.head(torch.cat(read)), 1e-5)
     close(model(*pad(rows)), alone, 1e-5)
     if kind != "bert":  # whose positions count padding on the left
         close(model(*pad(rows, left=True)), alone, 1e-5)
+    model.backbone.bfloat16()
+    scores = model(rows[0], torch.zeros_like(rows[0]))  # of padding alone
+    assert scores.dtype == torch.float32 and scores.isfinite().all(), "the head's dtype, and no NaN"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "deberta"])
@@ -327,7 +331,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_with_their_file(gpt2
     assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_cut_short_is_named(gpt2):
+def test_a_file_cut_short_or_with_code_in_it_is_named(gpt2):
     folder, _ = gpt2
     whole = (folder / "model.safetensors").read_bytes()
     for content in [whole[:0], whole[:5], whole[:100], whole[:-1], whole + b"x", whole.replace(b"F32", b"F99", 1)]:
@@ -339,6 +343,9 @@ def test_a_file_cut_short_is_named(gpt2):
         load_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(whole)
     with pytest.raises(ValueError, match="pytorch_model.bin is cut short"):
+        load_pretrained(folder)
+    torch.save({"wte.weight": json.loads}, folder / "pytorch_model.bin")  # code in a file is not run
+    with pytest.raises(ValueError, match="UnpicklingError"):
         load_pretrained(folder)
 
 
