@@ -169,8 +169,8 @@ def load_base(cfg):
 
 
 def add_trained(cfg, base, kind, n_outputs, file=None):
-    """The model to train: base, with a head where the task needs one, and with adapters. All else is frozen.
-    file: an adapter.pt, where what is trained should not be new."""
+    """The model to train: base, with a head where the task needs one, and with adapters. All else is frozen. What is
+    trained is new, or from `file`, an adapter.pt."""
     has_head = not (isinstance(base, GPT) and kind == "multiple_choice")
     if has_head and cfg.protocol == "instruct":
         raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, and this is {cfg.model} on {kind}")
@@ -178,14 +178,14 @@ def add_trained(cfg, base, kind, n_outputs, file=None):
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
     adapter, options = METHODS[cfg.method]
-    if file is not None and adapter:
-        load_adapter(model, file)
-    elif file is not None:
-        model.load_state_dict(model.state_dict() | runs.read_tensors(file))
-    elif adapter:
+    if adapter and file is None:
         torch.manual_seed(cfg.seed + 1)
         targets = [target.strip() for target in cfg.targets.split(",")]
         apply_adapters(model, targets, adapter, **{name: getattr(cfg, name) for name in options})
+    elif adapter:
+        load_adapter(model, file)  # the head too
+    elif file is not None:  # by full or linear_probe: the trained parameters alone
+        model.load_state_dict(model.state_dict() | runs.read_tensors(file))
     if has_head:
         model.head.requires_grad_(True)
     return model.train()
@@ -402,14 +402,14 @@ def train(cfg):
                                      "parameters": {name: p.detach() for name, p in trained.items()}},
                                     folder / "checkpoint.pt")
                 if stopping:
-                    raise KeyboardInterrupt(f"interrupted, and saved after step {step}: --resume=true goes on there")
+                    raise KeyboardInterrupt(f"interrupted, saved after step {step}: --resume=true goes on from there")
 
         with autocast:
             values = evaluate(model, task, validation, tokenizer, device)
         runs.note(folder, history, {"step": step, "validation": values})
         result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
                   "validation": values, **data, "settings": settings_of(cfg),
-                  "trainable": count(trained.values())}
+                  "trainable": sum(p.numel() for p in trained.values())}
         if has_adapters:
             save_adapter(model, folder / "adapter.pt")
         else:
@@ -421,13 +421,10 @@ def train(cfg):
     return result
 
 
-def count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
 def print_plan(cfg, model, examples):
     """What is trained and how."""
-    n_trained, n_all = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     new_head = " and a new head" if isinstance(model, Classifier) else ""
     options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "max_length", "seed")
     print(f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "

@@ -45,7 +45,8 @@ def open_folder(folder, resume, overwrite):
             kind = "an unfinished" if unfinished else "a finished"
             raise ValueError(f"{folder} holds {kind} run: --resume=true keeps it, --overwrite=true starts anew")
         checkpoint = read_tensors(folder / "checkpoint.pt") if resume and unfinished else None
-        yield checkpoint, finished_run(folder) if resume and finished and not unfinished else None
+        result = finished_run(folder) if resume and finished and not unfinished else None
+        yield checkpoint, result
     finally:
         if handle is not None:  # only the run that holds the folder may remove it
             with contextlib.suppress(OSError):
@@ -93,7 +94,7 @@ def note(folder, history, line):
     adapter.pt, stays until `line` is the new result."""
     history.append(line)
     if "final" in line or not (folder / "adapter.pt").exists():
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in history), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -120,11 +121,13 @@ def interrupts_held():
 
 def data_of(task):
     """What is kept of a run's data, a dict: to know them again, to describe them, and to predict for the like."""
-    digest = hashlib.sha256(json.dumps([task.train, task.validation]).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for example in (*task.train, "validation", *task.validation):
+        digest.update(json.dumps(example).encode())
     counts = Counter(example.get("label") for example in task.train)
     return {"kind": task.kind, "classes": task.classes, "counts": [counts[i] for i in range(len(task.classes))],
             "n_train": len(task.train), "n_validation": len(task.validation),
-            "n_pairs": sum("text_b" in example for example in task.train), "data": digest[:16]}
+            "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
 
 
 def describe(data):
@@ -151,7 +154,7 @@ def settings_to_keep(folder, run, cfg):
     for name in sorted(cfg.given & kept.keys()):
         if name in MAY_CHANGE:
             kept[name] = getattr(cfg, name)
-        elif getattr(cfg, name) != kept[name]:
+        elif getattr(cfg, name) not in ("auto", kept[name]):
             raise ValueError(f"{folder} holds a run with --{name}={kept[name]}, and --resume=true keeps its options")
     return kept
 

@@ -457,7 +457,7 @@ def test_ctrl_c_saves_the_step_that_it_came_in(toys, tmp_path, before_step, caps
     whole = run(toys, tmp_path / "whole", *more)
     before_step(lambda n, optimizer: signal.raise_signal(signal.SIGINT) if n == 5 else None)
     error = fails(arguments(toys, tmp_path / "cut", *more), 1, capsys)
-    assert "interrupted, and saved after step 5: --resume=true goes on" in error
+    assert "interrupted, saved after step 5: --resume=true goes on from there" in error
     assert run(toys, tmp_path / "cut", *more, "--resume=true") == whole
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -514,7 +514,8 @@ def test_a_run_goes_on_with_the_same_data_alone(toys, tmp_path, interrupt, capsy
 def test_what_was_given_at_its_default_counts_and_a_run_may_go_on_on_another_device(toys, tmp_path, interrupt, capsys):
     interrupt(5)
     fails(arguments(toys, tmp_path, "--alpha=32"), 1, capsys)
-    checkpoint, options = torch.load(tmp_path / "checkpoint.pt"), [f"--out_dir={tmp_path}", "--resume=true"]
+    options = [f"--out_dir={tmp_path}", "--resume=true", "--dtype=auto"]
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
     checkpoint["settings"]["device"] = "quantum"
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     error = fails([*options, "--alpha=16"], 1, capsys)
