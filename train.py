@@ -135,7 +135,7 @@ def with_defaults(cfg, measured, longest):
     if (cfg.max_length or 0) > longest:
         raise ValueError(f"--max_length={cfg.max_length}: this model takes at most {longest} tokens")
     steps = measured["max_steps"] if cfg.max_steps is None else cfg.max_steps
-    rates = measured["learning_rate"]
+    rates = measured["learning_rate"]  # LoRA's for a method of tests/evidence
     values = {"max_steps": steps, "max_length": min(measured["max_length"], longest), "init_std": measured["init_std"],
               "learning_rate": rates.get(cfg.method, rates["lora"]), "lr_warmup_steps": round(0.06 * steps),
               "r1": cfg.r // 2, "r2": cfg.r // 2,
@@ -246,7 +246,7 @@ def score(model, examples, pad, device):
         else:  # the second part is the answer: the log-probability of all of it
             logprobs = model.answer_logprobs(idx, in_second_part).split(in_second_part.sum(1).tolist())
             found = torch.stack([part.sum() for part in logprobs])[:, None].cpu()  # (rows, 1)
-        for i, of_row in zip(chosen, found):
+        for i, of_row in zip(chosen, found):  # back in the order of the rows
             scores[i] = of_row
     scores = torch.stack(scores)  # (rows, classes), or (rows, 1)
     check_finite(scores)
@@ -342,7 +342,7 @@ def train(cfg):
             print(f"going on after step {step}", flush=True)
 
         batches, began, first = None, time.time(), step
-        if has_adapters:  # matters where no step is left: after none at all the model is the pre-trained one
+        if has_adapters:  # for a run without a step left: of none at all, it is the pre-trained model
             set_warmup(model, min(1.0, step / max(1, cfg.scale_warmup_steps)))
         # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass.
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
