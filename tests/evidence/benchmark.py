@@ -33,7 +33,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
 from data.download import model_folder  # noqa: E402
-from dual_lora import DualLoRA, LoRA, apply_adapters, in_float32, sign_ste  # noqa: E402
+from dual_lora import DualLoRA, LoRA, apply_adapters, in_float32, merged, sign_ste  # noqa: E402
 from methods import DoRA  # noqa: E402
 from model import GPT, Classifier, GPTConfig, load_pretrained  # noqa: E402
 from train import compile_training  # noqa: E402
@@ -217,6 +217,26 @@ def build_model(method, base, targets, rank):
     return model.train()
 
 
+def evaluation(training, idx):
+    """[seconds to enter `merged`, of a forward pass inside, to leave it, peak of all]: an evaluation's columns."""
+    model, times = training.model.eval(), []
+
+    def evaluate():
+        began = clock(idx.device)
+        with merged(model), torch.no_grad():
+            times.append(clock(idx.device) - began)
+            training.loss(idx)
+            times.append(clock(idx.device) - began)
+        times.append(clock(idx.device) - began)
+
+    peak = peak_bytes(evaluate, idx.device)
+    evaluate()  # again: a CPU's first time is another
+    model.train()
+    entered, inside, left = times[-3:]
+    return [f"{entered:.2f}", f"{inside - entered:.2f}", f"{left - inside:.2f}",
+            megabytes(peak and peak + training.standing_bytes())]
+
+
 class Training:
     """A model and its optimizer; called with token ids, it takes a step and returns its seconds."""
 
@@ -270,9 +290,11 @@ def model_tables(name, sizes, rank, checkpointing, rounds, device):
                 rows[size].append([
                     method, f"{median:.3f}", f"{tokens / median:,.0f}", ratio(seconds, lora[size]),
                     f"{sum(p.numel() for p in training.trainable):,}", megabytes(kept),
-                    megabytes(peak and peak + training.standing_bytes())])
+                    megabytes(peak and peak + training.standing_bytes()),
+                    *(evaluation(training, idx) if method in ("lora", "dual_lora") else [])])
         del models, trainings, steps
-    header = ["", "s a step", "tokens/s", "to lora", "trainable", "kept MB", "peak MB"]
+    header = ["", "s a step", "tokens/s", "to lora", "trainable", "kept MB", "peak MB", "s into merged", "s inside",
+              "s out", "peak MB of it"]
     return {size: table(header, rows[size]) for size in sizes}
 
 
