@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import statistics
 import sys
 import time
 import typing
@@ -28,14 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import instruct
+from data import instruct, runs
 from data.batches import (SEED_STRIDE, batches_by_length, by_choice, collate, collate_left, encode_examples,
                           epoch_batches)
 from data.download import model_folder
 from data.jsonl import read_jsonl
 from data.metrics import METRICS, summarise
-from data.runs import (as_example, check_same_data, data_of, describe, finished_run, interrupts_held, note,
-                       open_run_folder, read_tensors, settings_to_keep)
 from data.tasks import TASKS, first_of_each, load_task
 from data.tokenizer import Tokenizer
 from dual_lora import (AdaptedLinear, DualLoRA, LoRA, apply_adapters, load_adapter, merge_adapters, merged,
@@ -51,7 +48,8 @@ METHODS = {
     "full": (None, ()),          # every weight
     "linear_probe": (None, ()),  # the head alone
 }
-PROTOCOLS, DTYPES = ("likelihood", "instruct"), ("float32", "bfloat16")
+PROTOCOLS = ("likelihood", "instruct")
+DTYPES = ("float32", "bfloat16")
 FULL_NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 
 
@@ -103,14 +101,14 @@ class Config:
     resume: bool = option(False, "go on from the folder's checkpoint, if it has one, with that run's options")
     overwrite: bool = option(False, "start anew where another run is; its files stay until there are new ones")
     predict: str | None = option(None, "a JSONL file, or - for standard input: what the run in out_dir says of it")
-    given: frozenset | None = None  # no option: the names of those that were given, at their default or not
+    given: frozenset | None = None  # no option: the names of those that were given, be it at their default
 
     def __post_init__(self):
         if self.given is None:
             self.given = frozenset(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         if self.out_dir is None:
             self.out_dir = f"out/{Path(self.task).resolve().name}-{self.method}"
-        for name in ("task", "model", "data_dir"):  # a run is gone on with, and used, from other folders too
+        for name in ("task", "model", "data_dir"):  # a folder's whole path: --resume and --predict may start elsewhere
             path = getattr(self, name)
             if path is not None and path not in (*TASKS, *FULL_NAMES) and os.path.isdir(path):
                 setattr(self, name, os.path.abspath(path))
@@ -137,7 +135,7 @@ def with_defaults(cfg, measured, longest):
     if (cfg.max_length or 0) > longest:
         raise ValueError(f"--max_length={cfg.max_length}: this model takes at most {longest} tokens")
     steps = measured["max_steps"] if cfg.max_steps is None else cfg.max_steps
-    rates = measured["learning_rate"]
+    rates = measured["learning_rate"]  # LoRA's for a method of tests/evidence
     values = {"max_steps": steps, "max_length": min(measured["max_length"], longest), "init_std": measured["init_std"],
               "learning_rate": rates.get(cfg.method, rates["lora"]), "lr_warmup_steps": round(0.06 * steps),
               "r1": cfg.r // 2, "r2": cfg.r // 2,
@@ -151,10 +149,11 @@ def with_defaults(cfg, measured, longest):
 def pick_device(cfg):
     """cfg without "auto"; ValueError for a device that this machine lacks."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there, dtype = [kind for kind in kinds if kinds[kind]], cfg.dtype
+    there = [kind for kind in kinds if kinds[kind]]
     device = there[0] if cfg.device == "auto" else cfg.device
     if device.partition(":")[0] not in there:
         raise ValueError(f"--device={device}: this machine has {', '.join(there)}")
+    dtype = cfg.dtype
     if dtype == "auto":  # cards before compute capability 8, such as a T4, only emulate bfloat16
         fast = device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 8
         dtype = "bfloat16" if fast else "float32"
@@ -171,37 +170,25 @@ def load_base(cfg):
 
 def add_trained(cfg, base, kind, n_outputs, file=None):
     """The model to train: base, with a head where the task needs one, and with adapters. All else is frozen. What is
-    trained is new, or from an adapter.pt."""
+    trained is new, or from `file`, an adapter.pt."""
     has_head = not (isinstance(base, GPT) and kind == "multiple_choice")
     if has_head and cfg.protocol == "instruct":
         raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, and this is {cfg.model} on {kind}")
-    if cfg.method == "linear_probe" and not has_head:
-        raise ValueError("--method=linear_probe trains a head, and a GPT on multiple choice has none")
     torch.manual_seed(cfg.seed)
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
     adapter, options = METHODS[cfg.method]
-    if file is not None and adapter:
-        load_adapter(model, file)
-    elif file is not None:
-        load_parameters(model, file)
-    elif adapter:
+    if adapter and file is None:
         torch.manual_seed(cfg.seed + 1)
         targets = [target.strip() for target in cfg.targets.split(",")]
         apply_adapters(model, targets, adapter, **{name: getattr(cfg, name) for name in options})
+    elif adapter:
+        load_adapter(model, file)  # the head too
+    elif file is not None:  # by full or linear_probe: the trained parameters alone
+        model.load_state_dict(model.state_dict() | runs.read_tensors(file))
     if has_head:
         model.head.requires_grad_(True)
     return model.train()
-
-
-def load_parameters(model, file):
-    """What load_adapter does, for a method without adapters."""
-    try:
-        unknown = model.load_state_dict(read_tensors(file), strict=False).unexpected_keys
-    except RuntimeError:
-        unknown = ["a shape"]
-    if unknown:
-        raise ValueError(f"{file} has {unknown[0]}, unlike this model")
 
 
 def encode(cfg, base, tokenizer, examples):
@@ -259,7 +246,7 @@ def score(model, examples, pad, device):
         else:  # the second part is the answer: the log-probability of all of it
             logprobs = model.answer_logprobs(idx, in_second_part).split(in_second_part.sum(1).tolist())
             found = torch.stack([part.sum() for part in logprobs])[:, None].cpu()  # (rows, 1)
-        for i, of_row in zip(chosen, found):
+        for i, of_row in zip(chosen, found):  # back in the order of the rows
             scores[i] = of_row
     scores = torch.stack(scores)  # (rows, classes), or (rows, 1)
     check_finite(scores)
@@ -313,19 +300,19 @@ def read_task(cfg):
 def train(cfg):
     """One run. Returns its result, the last line of metrics.jsonl, a dict."""
     folder = Path(cfg.out_dir)
-    with open_run_folder(folder, cfg.resume, cfg.overwrite) as (checkpoint, result):
+    with runs.open_folder(folder, cfg.resume, cfg.overwrite) as (checkpoint, result):
         earlier = checkpoint or result
         if earlier:
-            cfg = dataclasses.replace(cfg, **settings_to_keep(folder, earlier, cfg))
+            cfg = dataclasses.replace(cfg, **runs.settings_to_keep(folder, earlier, cfg))
         task = read_task(cfg)
-        data = data_of(task)
+        data = runs.data_of(task)  # kind, classes, counts and a hash of them
         if earlier:
-            check_same_data(folder, earlier, data)
+            runs.check_same_data(folder, earlier, data)
         if result:
             print(f"{folder} holds the finished run: {result['metric']} {result['value']:.4f}")
             return result
         print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} "
-              f"{'held-out ones ' if cfg.held_out else ''}to validate. {task.note}\n{describe(data)}", flush=True)
+              f"to validate. {task.note}\n{runs.describe(data)}", flush=True)
 
         cfg = pick_device(cfg)
         cfg.model = cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm")
@@ -333,18 +320,16 @@ def train(cfg):
         if cfg.epochs is not None:
             cfg.max_steps = max(1, round(cfg.epochs * n_batches))
         tokenizer, base = load_base(cfg)
-        measured = GPTS if isinstance(base, GPT) else ENCODERS
-        unset = [name for name in measured if getattr(cfg, name) is None]
-        cfg = with_defaults(cfg, measured, base.max_length)
+        cfg = with_defaults(cfg, GPTS if isinstance(base, GPT) else ENCODERS, base.max_length)
         model = add_trained(cfg, base, task.kind, task.n_outputs)
         examples, validation = (encode(cfg, base, tokenizer, part) for part in (task.train, task.validation))
-        print_plan(cfg, model, examples + validation, unset)
+        print_plan(cfg, model, examples + validation)
 
         base.gradient_checkpointing = cfg.gradient_checkpointing
         if cfg.compile:
             compile_training(model)
-        device, has_head, has_adapters = torch.device(cfg.device), model is not base, bool(adapted(model))
-        autocast = autocast_of(cfg)
+        device, autocast = torch.device(cfg.device), autocast_of(cfg)
+        has_head, has_adapters = model is not base, bool(adapted(model))
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
         step, history = 0, []  # history: the lines of metrics.jsonl
@@ -357,11 +342,11 @@ def train(cfg):
             print(f"going on after step {step}", flush=True)
 
         batches, began, first = None, time.time(), step
-        if has_adapters:  # without a step the model is the pre-trained one
+        if has_adapters:  # for a run without a step left: of none at all, it is the pre-trained model
             set_warmup(model, min(1.0, step / max(1, cfg.scale_warmup_steps)))
         # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass.
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with attention, interrupts_held() as interrupted:
+        with attention, runs.interrupts_held() as interrupted:
             while step < cfg.max_steps:
                 # The factor on dW grows to 1, so that the first forward passes are near the pre-trained model's.
                 if has_adapters:
@@ -400,7 +385,7 @@ def train(cfg):
                     raise FloatingPointError(f"the loss is NaN or infinite at step {step}: "
                                              f"try a lower --learning_rate")
                 if logging:
-                    note(folder, history, {"step": step, "loss": loss_sum.item() / n_summed})
+                    runs.note(folder, history, {"step": step, "loss": loss_sum.item() / n_summed})
                     minutes = (time.time() - began) / (step - first) * (cfg.max_steps - step) / 60
                     print(f"step {step}/{cfg.max_steps} | loss {loss_sum / n_summed:.4f} | {minutes:.1f} min left",
                           flush=True)
@@ -408,7 +393,7 @@ def train(cfg):
                 if cfg.eval_interval and step % cfg.eval_interval == 0 and not last:
                     with autocast:
                         values = evaluate(model, task, validation, tokenizer, device)
-                    note(folder, history, {"step": step, "validation": values})
+                    runs.note(folder, history, {"step": step, "validation": values})
                     print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
                 if saving:
                     save_atomically({"settings": settings_of(cfg), **data, "step": step, "history": history,
@@ -417,11 +402,11 @@ def train(cfg):
                                      "parameters": {name: p.detach() for name, p in trained.items()}},
                                     folder / "checkpoint.pt")
                 if stopping:
-                    raise KeyboardInterrupt(f"saved after step {step}")
+                    raise KeyboardInterrupt(f"interrupted, saved after step {step}: --resume=true goes on from there")
 
         with autocast:
             values = evaluate(model, task, validation, tokenizer, device)
-        note(folder, history, {"step": step, "validation": values})
+        runs.note(folder, history, {"step": step, "validation": values})
         result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
                   "validation": values, **data, "settings": settings_of(cfg),
                   "trainable": sum(p.numel() for p in trained.values())}
@@ -429,32 +414,26 @@ def train(cfg):
             save_adapter(model, folder / "adapter.pt")
         else:
             save_atomically({name: p.detach() for name, p in trained.items()}, folder / "adapter.pt")
-        note(folder, history, result)
+        runs.note(folder, history, result)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    beside = "" if data["commonest"] is None else f", {data['commonest']:.4f} of them of the commonest class"
     print(f"to use it: python train.py --predict=texts.jsonl --out_dir={folder}\n{task.name}, {cfg.method}: "
-          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples{beside}")
+          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples")
     return result
 
 
-def print_plan(cfg, model, examples, unset):
-    """What is trained and how. unset: the options without a value of the user's."""
+def print_plan(cfg, model, examples):
+    """What is trained and how."""
     n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     new_head = " and a new head" if isinstance(model, Classifier) else ""
     options = (*METHODS[cfg.method][1], "learning_rate", "batch_size", "max_steps", "max_length", "seed")
-    unset = [name for name in options if name in unset]
     print(f"{FULL_NAMES.get(cfg.model, cfg.model)}{new_head} on {cfg.device} in {cfg.dtype}: {n_trained:,} of "
           f"{n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
           f"examples longer than {cfg.max_length} tokens, which were cut: {sum(e.cut for e in examples):,}\n"
-          f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}")
-    if unset:
-        source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
-        print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
+          f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}", flush=True)
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
-        print(f"norm of dW at the start, with its full factor: {statistics.median(norms):.1f} % of W0's (median of "
-              f"{len(norms)} layers, {min(norms):.1f} to {max(norms):.1f} %)", flush=True)
+        print(f"norm of dW at the start, with its full factor: {min(norms):.1f} to {max(norms):.1f} % of W0's")
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -467,11 +446,10 @@ def load(folder, device="auto"):
         predict(["area man wins"])          # [{"label": "sarcastic", "probability": 0.99}]
 
     An example is a text, a pair of texts, or a dict as in the training data; a label in it is not read. The label of
-    multiple choice is the index of a choice. Regression and written answers have a label alone. ValueError for an
-    example that is none, or not of the run's kind; FloatingPointError where the model's output is NaN.
+    multiple choice is the index of a choice. Regression and written answers have a label alone.
     """
     folder = Path(folder).expanduser()
-    run = finished_run(folder)
+    run = runs.finished_run(folder)
     kind, classes = run["kind"], run["classes"]
     cfg = pick_device(Config(**run["settings"] | {"device": device}))
     tokenizer, base = load_base(cfg)
@@ -483,9 +461,8 @@ def load(folder, device="auto"):
 
     def predict(examples):
         if not isinstance(examples, (list, tuple)):
-            raise ValueError(f"predict takes a list of examples, and this is one {type(examples).__name__}: "
-                             f"predict([...])")
-        examples = [as_example(example, run, f"example {i}") for i, example in enumerate(examples)]
+            raise ValueError(f"predict takes a list of examples, predict([...]), and no {type(examples).__name__}")
+        examples = [runs.as_example(example, run, f"example {i}") for i, example in enumerate(examples)]
         if not examples:
             return []
         encoded = encode(cfg, base, tokenizer, examples)
@@ -503,8 +480,9 @@ def load(folder, device="auto"):
 
 def predict_file(cfg):
     """Print a line of JSON for each line of the file, as they are made. All lines are checked before the first."""
-    run, path = finished_run(Path(cfg.out_dir)), Path("/dev/stdin" if cfg.predict == "-" else cfg.predict)
-    examples = [as_example(example, run, where) for where, example in read_jsonl(path, labelled=False)]
+    run = runs.finished_run(Path(cfg.out_dir))
+    lines = read_jsonl(Path("/dev/stdin" if cfg.predict == "-" else cfg.predict), labelled=False)
+    examples = [runs.as_example(example, run, where) for where, example in lines]
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no prediction
         predict = load(cfg.out_dir, cfg.device)
     with contextlib.suppress(BrokenPipeError):  # whoever reads them, such as head, has enough
@@ -547,14 +525,13 @@ def check(cfg):
     """ValueError for a number out of range, and for options that do nothing or contradict each other."""
     may_be_0 = ("dropout", "scale_warmup_steps", "lr_warmup_steps", "max_steps", "grad_clip", "seed")
     for name, value in vars(cfg).items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
+        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in may_be_0)):
             raise ValueError(f"--{name}={value}: it should be {'at least' if name in may_be_0 else 'above'} 0")
     adapter, options = METHODS[cfg.method]
-    used = {*options, "targets", "r"} if adapter else set()
-    used |= {"scale_warmup_steps"} if "init_std" in options else set()
-    for name in ("targets", "r", "r1", "r2", "alpha", "dropout", "init_std", "scale_warmup_steps"):
-        if name in cfg.given and name not in used:
+    unused = () if adapter else ("targets", "r", "alpha", "dropout")
+    unused += () if "r1" in options else ("r1", "r2", "init_std", "scale_warmup_steps")
+    for name in unused:
+        if name in cfg.given:
             raise ValueError(f"--{name}={getattr(cfg, name)} does nothing with --method={cfg.method}")
     if "r1" in options and cfg.r % 2 and not (cfg.r1 and cfg.r2):
         raise ValueError(f"--r={cfg.r}: Dual LoRA halves it; give an even number, or r1 and r2")
@@ -564,10 +541,9 @@ def check(cfg):
         raise ValueError("--train_on_prompt=true does nothing with --protocol=likelihood")
     if cfg.method == "full" and cfg.weights != "float32":
         raise ValueError(f"--weights={cfg.weights} with --method=full: weights that are trained stay in float32")
-    idle = cfg.given - {"predict", "out_dir", "device"} if cfg.predict is not None else ()
-    if idle:
-        raise ValueError(f"--{', --'.join(sorted(idle))}: with --predict there are --out_dir, whose run has its own "
-                         f"options, and --device")
+    beside = sorted(cfg.given - {"predict", "out_dir", "device"})
+    if cfg.predict is not None and beside:
+        raise ValueError(f"--{beside[0]} does nothing with --predict: the run in --out_dir has options of its own")
 
 
 def main(arguments):
@@ -580,9 +556,7 @@ def main(arguments):
             train(cfg)
         return 0
     except KeyboardInterrupt as interrupt:
-        message = f"interrupted{f', and {interrupt}' if str(interrupt) else ''}"
-        if cfg.predict is None and (Path(cfg.out_dir) / "checkpoint.pt").exists():
-            message += f"; --resume=true goes on from {cfg.out_dir}/checkpoint.pt"
+        message = str(interrupt) or "interrupted"
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a smaller --micro_batch_size, or --gradient_checkpointing=true"
     except (ValueError, OSError, FloatingPointError) as error:

@@ -15,7 +15,6 @@ import signal
 import tempfile
 import threading
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -30,117 +29,91 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def open_run_folder(folder, resume, overwrite):
+def open_folder(folder, resume, overwrite):
     """Keep other runs out of `folder`, and yield (checkpoint, result) of the run to go on with, each a dict or None.
 
-    ValueError where another run is at work, the folder cannot be written, or an earlier run would be lost.
+    ValueError where another run is at work, or an earlier one would be lost.
     """
-    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)
     try:
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be written ({error.strerror}): give another --out_dir") from None
-        for half in (*folder.glob("*.pt.*.tmp"), *folder.glob("metrics.jsonl.*.tmp")):  # of a run killed as it saved
+        tempfile.TemporaryFile(dir=folder).close()  # fails now, and not after the run, where nothing can be written
+        for half in folder.glob("*.pt.*.tmp"):  # of a run killed as it saved
             half.unlink()
-        unfinished, finished = (folder / "checkpoint.pt").exists(), is_finished(folder)
+        unfinished, finished = (folder / "checkpoint.pt").exists(), (folder / "adapter.pt").exists()
         if (unfinished or finished) and not (resume or overwrite):
-            kind, way_out = ("an unfinished", "--resume=true") if unfinished else ("a finished", "another --out_dir")
-            raise ValueError(f"{folder} holds {kind} run: give {way_out}, or --overwrite=true to start anew")
+            kind = "an unfinished" if unfinished else "a finished"
+            raise ValueError(f"{folder} holds {kind} run: --resume=true keeps it, --overwrite=true starts anew")
         checkpoint = read_tensors(folder / "checkpoint.pt") if resume and unfinished else None
-        yield checkpoint, finished_run(folder) if resume and finished and not unfinished else None
+        result = finished_run(folder) if resume and finished and not unfinished else None
+        yield checkpoint, result
     finally:
-        if handle is not None:  # the run that holds the folder, and no other, removes it if it is empty
+        if handle is not None:  # only the run that holds the folder may remove it
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                folder.rmdir()  # if it is empty
             os.close(handle)
 
 
 def lock(folder):
-    """Make the folder if need be, and lock it until the handle that is returned is closed, or the process ends, by a
-    kill too. None where there are no locks."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # removed meanwhile
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(folder)):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
-        except FileNotFoundError:
-            pass
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return None
-        os.close(handle)  # this folder was removed by the run that had locked it, and is not the one of that name
+    """Hold `folder` until the handle that is returned is closed, or the process ends. None where there are no locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir") from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def read_tensors(path):
     """What torch.save has written to `path`; ValueError for a file cut short."""
+    open(path, "rb").close()  # a missing file raises its own error here
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch raises half a dozen kinds
         raise ValueError(f"{path} cannot be read, as if cut short ({type(error).__name__}): --overwrite=true starts "
                          f"anew") from None
 
 
 def finished_run(folder):
-    """The result of the finished run in `folder`, a dict: the last line of its metrics.jsonl. ValueError without it."""
-    try:
-        line = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        return {**line, "data": line["data"]}  # no other line has "data"
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{folder} holds no finished run: its metrics.jsonl does not end in a result") from None
-
-
-def is_finished(folder):
-    with contextlib.suppress(ValueError):
-        return bool(finished_run(folder))
-    return (folder / "adapter.pt").exists()
+    """The result of the finished run in `folder`, a dict; ValueError where there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        if "final" in last:
+            return last
+    raise ValueError(f"{folder} holds no finished run: its metrics.jsonl does not end in a result")
 
 
 def note(folder, history, line):
-    """Add `line`, a dict, to `history`, and write it all to metrics.jsonl. Where an earlier run has its result there,
-    that stays until `line` is the new one."""
+    """Add `line`, a dict, to `history`, and write it all to metrics.jsonl. That of an earlier run, one with an
+    adapter.pt, stays until `line` is the new result."""
     history.append(line)
-    if "data" in line or not is_finished(folder):
-        temporary = folder / f"metrics.jsonl.{os.getpid()}.tmp"
-        try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
-            temporary.replace(folder / "metrics.jsonl")
-        finally:
-            temporary.unlink(missing_ok=True)
+    if "final" in line or not (folder / "adapter.pt").exists():
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in history), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def interrupts_held():
-    """Inside, a first Ctrl-C only adds an entry to the list that is yielded, so that a step can be ended and saved."""
-    pressed, python_s = [], signal.default_int_handler
+    """Inside, a first Ctrl-C only adds to the list that is yielded, so that the step can be ended and saved."""
+    pressed, before = [], signal.getsignal(signal.SIGINT)
 
     def press(*_):
         pressed.append(True)
-        signal.signal(signal.SIGINT, python_s)  # for a second one
+        signal.signal(signal.SIGINT, before)  # a second one stops at once
 
-    # A job in the background ignores Ctrl-C, and threads beside the main one get none. That stays as it is.
-    main_thread = threading.current_thread() is threading.main_thread()
-    holds = main_thread and signal.getsignal(signal.SIGINT) is python_s
-    if holds:
-        signal.signal(signal.SIGINT, press)
+    if threading.current_thread() is not threading.main_thread():  # no Ctrl-C comes here
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
-        if holds:
-            signal.signal(signal.SIGINT, python_s)
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- The data --------------------------------------------------------------------------------------------------------
@@ -151,49 +124,46 @@ def data_of(task):
     digest = hashlib.sha256()
     for example in (*task.train, "validation", *task.validation):
         digest.update(json.dumps(example).encode())
-    of_train, of_validation = (Counter(example.get("label") for example in part)
-                               for part in (task.train, task.validation))
-    counts = [of_train[i] for i in range(len(task.classes))]
-    commonest = of_validation[counts.index(max(counts))] / len(task.validation) if counts else None
-    return {"kind": task.kind, "classes": task.classes, "counts": counts, "n_train": len(task.train),
-            "n_validation": len(task.validation), "n_pairs": sum("text_b" in example for example in task.train),
-            "commonest": commonest, "data": digest.hexdigest()[:16]}
+    counts = Counter(example.get("label") for example in task.train)
+    return {"kind": task.kind, "classes": task.classes, "counts": [counts[i] for i in range(len(task.classes))],
+            "n_train": len(task.train), "n_validation": len(task.validation),
+            "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
 
 
-def describe(data, shown=8):
+def describe(data):
     """One line: the kind of task, and how many examples to train on each class has."""
     if data["kind"] == "regression":
         return "regression, since labels have a decimal point"
     if data["kind"] == "multiple_choice":
         return "multiple choice"
-    counts = sorted(zip(data["counts"], map(str, data["classes"])), key=lambda pair: -pair[0])
-    named = [f"{name[:40]} {count:,}" for count, name in counts[:shown]] + ["..."] * (len(counts) > shown)
-    return (f"classification, {len(counts)} classes: {', '.join(named)}; the commonest is "
-            f"{counts[0][0] / data['n_train']:.2f} of them")
+    counts = Counter(dict(zip(data["classes"], data["counts"]))).most_common()
+    named = ", ".join(f"{str(name)[:40]} {count:,}" for name, count in counts[:8])
+    return (f"classification, {len(counts)} classes: {named}{', ...' if counts[8:] else ''}; the commonest is "
+            f"{counts[0][1] / data['n_train']:.2f} of them")
 
 
 # ---- What fits a run -------------------------------------------------------------------------------------------------
 
-# A run may go on with another of these. They move numbers by rounding alone, and the data are compared by themselves.
-MAY_CHANGE = ("device", "task", "data_dir", "micro_batch_size", "gradient_checkpointing", "checkpoint_interval")
+# With these a run may go on otherwise: they move numbers by rounding alone. The data are compared by themselves.
+MAY_CHANGE = ("device", "task", "data_dir", "micro_batch_size", "gradient_checkpointing")
 
 
 def settings_to_keep(folder, run, cfg):
-    """The settings of the run in `folder`, {option: value}; ValueError where other ones were given in cfg."""
-    settings = run["settings"]
-    given = {name: getattr(cfg, name) for name in settings if name in cfg.given and getattr(cfg, name) != "auto"}
-    other = [name for name in given if given[name] != settings[name] and name not in MAY_CHANGE]
-    if other:
-        raise ValueError(f"{folder} holds a run with {', '.join(f'{name} {settings[name]}' for name in other)}, and "
-                         f"--resume=true keeps its options")
-    return settings | {name: given[name] for name in MAY_CHANGE if name in given}
+    """The settings of the run in `folder`, {option: value}; ValueError where another one was given in cfg."""
+    kept = dict(run["settings"])
+    for name in sorted(cfg.given & kept.keys()):
+        if name in MAY_CHANGE:
+            kept[name] = getattr(cfg, name)
+        elif getattr(cfg, name) not in ("auto", kept[name]):
+            raise ValueError(f"{folder} holds a run with --{name}={kept[name]}, and --resume=true keeps its options")
+    return kept
 
 
 def check_same_data(folder, run, data):
     """ValueError naming the first thing in which `data`, of data_of, differs from what the run in `folder` has kept."""
     for name, now in data.items():
-        if run.get(name) != now:
-            raise ValueError(f"{folder} holds a run on other data: {name} {str(run.get(name))[:80]} there, "
+        if run[name] != now:
+            raise ValueError(f"{folder} holds a run on other data: {name} {str(run[name])[:80]} there, "
                              f"{str(now)[:80]} now; --overwrite=true starts anew")
 
 
@@ -201,17 +171,15 @@ def as_example(example, run, where):
     """A text, a pair or a dict as an example that `run`, a result, takes; or ValueError, which begins with `where`."""
     if isinstance(example, str):
         example = {"text_a": example}
-    elif isinstance(example, (list, tuple)):
-        if len(example) != 2:
-            raise ValueError(f"{where} is a list of {len(example)}: it should be a text, a pair of texts, or a dict")
+    elif isinstance(example, (list, tuple)) and len(example) == 2:
         example = dict(zip(("text_a", "text_b"), example))
     example = check_example(example, where, labelled=False)
     needed = ("instruction" if run["settings"]["protocol"] == "instruct" else
               "choices" if run["kind"] == "multiple_choice" else "text_a")
     if needed not in example:
         raise ValueError(f'{where} has no "{needed}", which this run on {run["task"]} takes')
-    learnt = {0: "single texts", run["n_train"]: "pairs of texts"}.get(run["n_pairs"])  # None: from both
-    given = "pairs of texts" if "text_b" in example else "single texts"
-    if needed == "text_a" and learnt not in (given, None):
-        raise ValueError(f"{where}: this run on {run['task']} learnt from {learnt}, and takes no {given}")
+    if "text_b" in example and run["n_pairs"] == 0:
+        raise ValueError(f"{where}: this run on {run['task']} learnt from single texts, and takes no pairs")
+    if "text_b" not in example and run["n_pairs"] == run["n_train"]:
+        raise ValueError(f"{where}: this run on {run['task']} learnt from pairs of texts, and takes no single ones")
     return example

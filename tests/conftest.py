@@ -2,10 +2,13 @@
 import os
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or ROOT.parent / "shared") / "data"  # published vocabularies and texts
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: toys are slower with more
 
 

@@ -119,12 +119,10 @@ def test_of_a_repository_the_files_that_are_read_are_fetched_pickles_where_there
     assert files_below(Path(model_folder("some/model"))) == sorted(wanted)
 
 
-def test_a_name_that_the_hub_does_not_know_is_one_line(hub):
+def test_a_name_that_the_hub_does_not_know_is_one_line_and_without_huggingface_hub_the_way_out_is_told(
+        hub, monkeypatch):
     with pytest.raises(ValueError, match="'minilmm' is no folder .*; as a name on the Hub: 404 Repository Not"):
         model_folder("minilmm")
-
-
-def test_without_huggingface_hub_the_way_out_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="'some/model' is no folder.*: pip install huggingface_hub"):
         model_folder("some/model")

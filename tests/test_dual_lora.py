@@ -5,6 +5,8 @@ import importlib.util
 import math
 import os
 import pickle
+import re
+import runpy
 import shutil
 import sys
 import time
@@ -104,6 +106,12 @@ def test_the_example_in_the_docstring_is_what_the_layer_computes():
     torch.testing.assert_close(layer.weight, torch.tensor([[-1.52, 0], [0, -1.21]]))
 
 
+def test_run_as_a_program_the_file_prints_the_docstrings_example(capsys):
+    runpy.run_path(dual_lora.__file__, run_name="__main__")
+    printed = [float(number) for number in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)]
+    assert printed == pytest.approx([2, 0, 0, -1, -1.52, 0, 0, -1.21, 2, -1, -2, 1, 1.8, -0.9, -2.2, 1.1])
+
+
 def naive_delta_weight(A, B, C, D, scale):
     """The paper's formula. A hook on the sign's gradient is the estimator."""
     DC = D @ C
@@ -142,14 +150,16 @@ def test_outputs_and_all_gradients_are_the_formulas(kind, shape, dropout):
         torch.testing.assert_close(y, reference)
         for mine, theirs in zip(ours, torch.autograd.grad(reference, inputs, gy)):
             torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(layer.eval()(x), F.linear(x, W0 + naive, layer.bias))
+    expected = F.linear(x, W0 + naive, layer.bias)
+    torch.testing.assert_close(layer.eval()(x), expected)
+    with merged(layer):
+        torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.tanh().sum()])  # linear in y, and not
-def test_a_second_derivative_is_an_error(loss):
+def test_a_second_derivative_is_an_error():
     layer, x = adapted(nn.Linear(12, 8)), torch.randn(5, 12, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss(layer(x)), x, create_graph=True)
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_at_factor_zero_the_model_is_the_base_to_the_bit_with_gradients_of_zero_and_at_one_none_is_zero():
@@ -209,7 +219,7 @@ def test_output_has_the_base_layers_dtype_and_gradients_are_float32_and_right(cl
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             y = model(inputs)
-        y.float().square().mean().backward()
+            y.float().square().mean().backward()
         found.append(gradients(model))
     assert y.dtype == (torch.bfloat16 if autocast else base) and x.grad.dtype == x.dtype
     assert all(g.dtype == torch.float32 for g in found[1])
@@ -248,16 +258,20 @@ def test_dW_is_the_formulas_where_the_warmups_factor_was_cast_and_where_W0_is_in
     torch.testing.assert_close(layer.adapter.delta_weight().double(), exact, rtol=1e-5, atol=1e-5)
     used = layer(torch.eye(32, dtype=torch.float64)).t()
     assert ((used - layer.W0 - exact).abs() < 1e-5).all()
+    used.square().sum().backward()
+    assert all(g.any() for g in gradients(layer))
     layer.W0.data.add_(1e-12)  # which float32 would lose
     silent = randomise(layer, std=1e-12)  # dW is about 1e-23: nothing is left but W0
     assert torch.equal(silent(torch.eye(32, dtype=torch.float64)).t(), layer.W0)
 
 
-def test_a_gpu_forms_a_large_dW_in_blocks_too():
+def test_a_large_dW_is_formed_in_blocks_of_rows_larger_ones_on_a_gpu():
     """By fake tensors, which have a device and no memory."""
     with torch._subclasses.fake_tensor.FakeTensorMode():
-        blocks = dual_lora.row_blocks(torch.empty(14336, 8, device="cuda"), torch.empty(8, 4096, device="cuda"))
-    assert [rows.start for rows in blocks] == [0, 4096, 8192, 12288]
+        for n_rows, width, device, starts in ((1000, 300, "cpu", [0, 436, 872]), (2, 2**20, "cpu", [0, 1]),
+                                              (14336, 4096, "cuda", [0, 4096, 8192, 12288])):
+            blocks = dual_lora.row_blocks(torch.empty(n_rows, 8, device=device), torch.empty(8, width, device=device))
+            assert [rows.start for rows in blocks] == starts
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -318,35 +332,20 @@ def test_the_verbs_see_through_wrappers_and_the_file_has_plain_names(kind, tmp_p
     assert not any(isinstance(m, AdaptedLinear) for m in wrapped.modules())
 
 
-def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, x, found = adapted_net(), torch.randn(4, 32), []
-        for run in (model, nn.parallel.DistributedDataParallel(model)):  # which needs a gradient of every parameter
-            model.zero_grad()
-            for factor in (0.0, 1.0):
-                set_warmup(model, factor)
-                run(x).square().sum().backward()
-            found.append(gradients(model))
-        assert all(torch.equal(a, b) for a, b in zip(*found))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_lora_equals_pefts_outputs_gradients_and_merge(dropout):
+def test_lora_equals_pefts_outputs_gradients_and_merge():
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(32, 24))
-    ours = apply_adapters(copy.deepcopy(base), ["0"], LoRA, r=4, alpha=8.0, dropout=dropout)
+    ours = apply_adapters(copy.deepcopy(base), ["0"], LoRA, r=4, alpha=8.0, dropout=0.3)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0"]))
+        r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["0"]))
     layer = theirs.base_model.model[0]
     pairs = [(ours[0].adapter.lora_A, layer.lora_A["default"].weight),
              (ours[0].adapter.lora_B, layer.lora_B["default"].weight)]
     for mine, other in pairs:
+        assert mine.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1), "they start alike"
         mine.data.copy_(other.data.mul_(1.1).add_(0.05 * torch.randn_like(other)))
     x, outputs = torch.randn(5, 32), []
     for model in (ours.train(), theirs.train()):
@@ -385,38 +384,37 @@ def test_every_parameters_name_reads_that_parameter_and_weight_is_none():
             model.up_proj.weight = value
 
 
+def test_a_layer_that_its_owner_also_keeps_elsewhere_is_adapted_there_too(tmp_path):
+    def net():
+        model = Net()
+        model.alias, model.kept = model.up_proj, [model.up_proj]  # a second name, and a list
+        return model
+
+    model, x = randomise(apply_adapters(net(), ["up_proj"])), torch.randn(2, 32)
+    y = model.kept[0](x)
+    assert torch.equal(y, model.up_proj(x)) and torch.equal(y, model.alias(x)) and not torch.equal(y, Net().up_proj(x))
+    save_adapter(model, tmp_path / "a.pt")
+    assert torch.equal(load_adapter(net(), tmp_path / "a.pt").kept[0](x), y)
+    torch.testing.assert_close(merge_adapters(model).kept[0](x), y)
+
+
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-class Shared(nn.Module):
-    """One layer under two names, and in a list."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.q = self.alias = nn.Linear(8, 8)
-        self.list = [self.q]
-
-    def forward(self, x):
-        return self.q(x) + self.list[0](x) + self.alias(x)
+class Slotted(nn.Linear):
+    __slots__ = ("more",)
 
 
-def test_a_layer_that_its_owner_also_keeps_elsewhere_is_adapted_there_too(tmp_path):
-    model, x = randomise(apply_adapters(Shared(), ["q"])), torch.randn(2, 8)
-    torch.testing.assert_close(model(x), 3 * F.linear(x, model.q.weight, model.q.bias))
-    save_adapter(model, tmp_path / "a.pt")
-    assert torch.equal(load_adapter(Shared(), tmp_path / "a.pt")(x), model(x))
-    y = model(x)
-    torch.testing.assert_close(merge_adapters(model)(x), y)
+class Named(nn.Linear):
+    W0 = adapter = plain_class = None
 
 
 def unfit(kind):
-    """A model whose q_proj cannot take an adapter."""
-    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "down_proj": nn.Linear(4, 4),
-                           "q_proj": Scaled(4, 4) if kind == "own forward" else nn.Linear(4, 4)})
-    layer = model["q_proj"]
+    """A model whose last layer, q_proj, cannot take an adapter."""
+    layer = {"own forward": Scaled, "slots": Slotted, "own names": Named}.get(kind, nn.Linear)(4, 4)
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "down_proj": nn.Linear(4, 4), "q_proj": layer})
     if kind == "tied":
         model["embed"].weight = layer.weight
     elif kind == "own forward, on the instance":  # as accelerate's hooks set it
@@ -432,18 +430,19 @@ def unfit(kind):
 
 @pytest.mark.parametrize("model, targets, settings, words", [
     (Net(), ["down_proj", "typo"], {}, "'typo' matches no linear layer: choose from down_proj, head, up_proj"),
-    (Net(), ["down_proj", "proj"], {}, "'proj' matches no linear layer"),
     (Net(), [], {}, "targets is empty: choose from down_proj"),
     (apply_adapters(Net(), ["up_proj"]), ["down_proj", "up_proj"], {}, "up_proj has an adapter already"),
     *((unfit(kind), ["down_proj", "q_proj"], {}, words) for kind, words in {
         "tied": "shares its weight .embed.weight and q_proj.weight", "own forward": "Scaled with its own forward",
         "own forward, on the instance": "Linear with its own forward", "computed": "has a computed weight",
+        "slots": "its own __slots__", "own names": "its own W0, adapter, plain_class",
         "a Parameter's subclass": "has a Int4 as its weight, of torch.float32: dequantise first",
         "8 bits": "torch.float8_e4m3fn: dequantise first"}.items()),
+    (Net(), ["up_proj"], {"r3": 1}, "unexpected keyword"),
     *((Net(), ["up_proj"], settings, f"{next(iter(settings))} is .*: it should be") for settings in (
-        {"r1": 0}, {"r2": 2.0}, {"alpha": -16.0}, {"dropout": 1.0}, {"init_std": 0}))])
+        {"r1": 0}, {"r2": 2.0}, {"alpha": -16.0}, {"alpha": math.inf}, {"dropout": 1.0}, {"init_std": 0}))])
 def test_what_would_fail_silently_is_refused_before_anything_changes(model, targets, settings, words):
-    with leaves_unchanged(model), pytest.raises((ValueError, TypeError), match=words) as error:
+    with leaves_unchanged(model), pytest.raises(ValueError, match=words) as error:
         apply_adapters(model, targets, **settings)
     assert "\n" not in str(error.value)
 
@@ -452,6 +451,8 @@ def test_other_layers_may_follow_and_earlier_adapters_stay_trainable():
     model = apply_adapters(Net(), "up_proj")
     apply_adapters(model, ["down_proj"], LoRA)
     assert {name.partition(".")[0] for name in trainable(model)} == {"up_proj", "down_proj"}
+    set_warmup(model, 0.5)  # which LoRA does not have
+    assert model.up_proj.adapter.warmup == 0.5
 
 
 def test_a_factor_outside_0_to_1_is_refused():
@@ -480,44 +481,28 @@ def test_the_start_is_float32_from_the_cpus_generator_whatever_loaders_and_defau
                for before, after in zip(expected, found) for a, b in zip(before, after))
 
 
-class Frozen(nn.Linear):
-    __slots__ = ("more",)
-
-
-class Named(nn.Linear):
-    adapter = None
-
-
-@pytest.mark.parametrize("last, settings, words", [
-    (Frozen(4, 4), {}, "its own __slots__"), (Named(4, 4), {}, "its own adapter"),
-    (nn.Linear(4, 4), {"r3": 1}, "unexpected keyword")])
-def test_a_failure_at_the_last_layer_leaves_none_adapted(last, settings, words):
-    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": last})
-    with leaves_unchanged(model), pytest.raises((ValueError, TypeError), match=words):
-        apply_adapters(model, ["q_proj", "v_proj"], **settings)
-
-
-def test_adapt_failing_midway_is_undone_too(monkeypatch):
+def test_a_failure_midway_leaves_no_layer_adapted_and_none_merged(monkeypatch):
     model, real = Net(), dual_lora.adapt
-    monkeypatch.setattr(dual_lora, "adapt", lambda linear, adapter: 1 / 0 if linear is model.down_proj
-                        else real(linear, adapter))
-    with leaves_unchanged(model), pytest.raises(ZeroDivisionError):
-        apply_adapters(model, ["up_proj", "down_proj"])
-
-
-def test_merging_is_all_or_none():
-    model = adapted_net()
-    model.down_proj.adapter.bfloat16()
-    with leaves_unchanged(model), pytest.raises(TypeError, match="cast the model before"):
-        merge_adapters(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(dual_lora, "adapt", lambda linear, adapter: 1 / 0 if linear is model.down_proj
+                      else real(linear, adapter))
+        with leaves_unchanged(model), pytest.raises(ZeroDivisionError):
+            apply_adapters(model, ["up_proj", "down_proj"])
+    for spoil, words in ((lambda layer: layer.adapter.bfloat16(), "cast the model before"),
+                         (lambda layer: setattr(layer, "forward", layer.forward), "has another forward")):
+        model = adapted_net()
+        spoil(model.down_proj)
+        with leaves_unchanged(model), pytest.raises((TypeError, ValueError), match=words):
+            merge_adapters(model)
 
 
 def test_restore_is_the_opposite_of_adapt_and_a_second_adapter_is_refused():
     Conv1D = pytest.importorskip("transformers").pytorch_utils.Conv1D
     for linear in (nn.Linear(4, 6), Conv1D(6, 4)):
-        kind, state, weight = type(linear), {**vars(linear)}, linear.weight
+        kind, state, weight = type(linear.eval()), {**vars(linear)}, linear.weight
         layer = adapted(linear)
         assert type(layer) is AdaptedLinear and layer is linear and layer.in_features == 4 and repr(layer)
+        assert not layer.adapter.training, "as the layer"
         with pytest.raises(ValueError, match="has an adapter already"):
             adapt(layer, DualLoRA(6, 4))
         with merged(layer), pytest.raises(ValueError, match="inside `merged`"):
@@ -583,7 +568,7 @@ def test_weight_reads_the_sum_in_the_bases_dtype_and_layout_with_its_gradient_an
     assert all(g.any() for g in gradients(layer)) and torch.equal(layer.state_dict()["W0"], W0)
 
 
-class Rows(nn.Module):
+class RowAdapter(nn.Module):
     """An adapter of one's own: a number for each row."""
 
     def __init__(self, out_features, in_features, size=1.0):
@@ -598,13 +583,17 @@ class Rows(nn.Module):
         return F.linear(x, W0 + self.delta_weight(), bias)
 
 
-class Broken(Rows):
+class Rows(RowAdapter):
+    pass
+
+
+class Broken(RowAdapter):
     def delta_weight(self):
         return self.no_such_name
 
 
 def test_an_adapter_of_ones_own_needs_delta_weight_forward_and_settings(tmp_path):
-    class Rows(globals()["Rows"]):  # defined again, as in a notebook: the last one counts
+    class Rows(RowAdapter):  # defined again, as in a notebook: the last one counts
         pass
 
     def net():
@@ -691,29 +680,12 @@ def test_gpt2_trains_under_either_checkpointing_merges_and_is_saved_whole(tmp_pa
     adapted = model.eval()(input_ids=ids).logits
     merge_adapters(model)
     kinds = [{name: type(m) for name, m in each.named_modules()} for each in (model, plain)]
+    assert all(p.is_contiguous() for p in model.parameters())
     assert kinds[0] == kinds[1] and not torch.allclose(adapted, plain.eval()(input_ids=ids).logits, atol=1e-4)
     torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_a_hugging_face_model_that_reads_its_childrens_weights_trains_and_merges():
-    """WavLM's attention calls no layer."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.WavLMModel(transformers.WavLMConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4), num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2, layerdrop=0, mask_time_prob=0)).eval()
-    randomise(apply_adapters(model, ["q_proj", "v_proj", "out_proj"]), std=0.1)
-    audio = torch.randn(1, 800)
-    y = model(audio).last_hidden_state
-    y.square().mean().backward()
-    assert all(g.any() for g in gradients(model))
-    with torch.no_grad(), merged(model):
-        torch.testing.assert_close(model(audio).last_hidden_state, y.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(merge_adapters(model)(audio).last_hidden_state, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -754,7 +726,7 @@ def test_hugging_faces_trainer_trains_saves_resumes_and_keeps_the_best(tmp_path)
 
 
 @pytest.mark.parametrize("cls, settings", [(DualLoRA, {"r1": 2, "r2": 3, "dropout": 0.1}),
-                                           (LoRA, {"r": 3}), (Rows, {"size": 0.3})])
+                                           (LoRA, {"r": 3, "dropout": 0.1}), (Rows, {"size": 0.3})])
 def test_a_file_gives_the_same_logits_to_the_bit_on_a_fresh_model_and_only_there(cls, settings, tmp_path):
     model, x, path = adapted_net(cls, **settings).eval(), torch.randn(4, 32), tmp_path / "adapter.pt"
     save_adapter(model, path)
@@ -775,7 +747,7 @@ def test_the_warmups_factor_and_running_statistics_are_in_the_file(tmp_path):
     model, x = randomise(apply_adapters(net(), ["0"])), torch.randn(32, 8) + 3
     set_warmup(model, 0.25)
     model.train()(x)
-    save_adapter(model, tmp_path / "a.pt")
+    save_adapter(model.requires_grad_(False), tmp_path / "a.pt")  # frozen adapters are in it too
     again = load_adapter(net(), tmp_path / "a.pt")
     assert again[0].adapter.warmup == 0.25 and torch.equal(again.eval()(x), model.eval()(x))
 
@@ -793,15 +765,12 @@ def test_state_dict_alone_restores_a_layer_that_was_made_on_the_meta_device():
 
 @pytest.mark.parametrize("change, words", [
     (lambda layers, state: state.pop("down_proj.adapter.lora_B"), "lacks 'down_proj.adapter.lora_B'"),
-    (lambda layers, state: state.pop("up_proj.adapter.warmup"), "lacks 'up_proj.adapter.warmup'"),
     (lambda layers, state: state.update({"other": torch.zeros(1)}), "has 'other'"),
-    (lambda layers, state: state.update({"up_proj.adapter.lora_A": 3}), "AttributeError"),
     (lambda layers, state: layers["up_proj"][1].update(r3=1), "r3"),
     (lambda layers, state: state.update({"head.weight": torch.zeros(4, 32)}), r"\[4, 32\].*\[3, 32\]"),
     (lambda layers, state: layers.update(gate_proj=layers.pop("up_proj")), "gate_proj is no linear layer"),
     (lambda layers, state: layers.update(up_proj=("Other", {})), "KeyError: 'Other'"),
-    (lambda layers, state: layers.update(up_proj=os.getcwd), "UnpicklingError"),  # code in a file is not run
-    (lambda layers, state: layers["up_proj"][1].update(r1=0), "r1")])
+    (lambda layers, state: layers.update(up_proj=os.getcwd), "UnpicklingError")])  # code in a file is not run
 def test_a_file_that_does_not_fit_is_refused_in_one_line_and_the_model_left_alone(change, words, tmp_path):
     model, path = adapted_net(), tmp_path / "adapter.pt"
     save_adapter(model, path)
@@ -813,17 +782,16 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_the_model_left_alon
     assert "\n" not in str(error.value)
 
 
-def test_a_file_cut_short_anywhere_or_of_an_earlier_layout_is_refused(tmp_path):
-    model, path = adapted_net(), tmp_path / "adapter.pt"
-    save_adapter(model, path)
-    whole, base = path.read_bytes(), Net()
-    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+def test_a_file_cut_short_is_refused_and_a_missing_one_is_said_to_be_missing(tmp_path):
+    base, path = Net(), tmp_path / "adapter.pt"
+    with pytest.raises(FileNotFoundError):
+        load_adapter(base, path)
+    save_adapter(adapted_net(), path)
+    whole = path.read_bytes()
+    for length in (0, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with leaves_unchanged(base), pytest.raises(ValueError, match="cut short"):
             load_adapter(base, path)
-    torch.save({"layers": {"up_proj": ("DualLoRALinear", {})}, "state": {}}, path)
-    with pytest.raises(ValueError, match="of an earlier dual_lora.py"):
-        load_adapter(base, path)
 
 
 def test_a_file_holds_plain_numbers_and_no_more_than_its_tensors_and_is_written_through_a_link(tmp_path):
@@ -874,6 +842,12 @@ def test_tensors_that_are_not_there_are_refused_with_the_way_out(change, words, 
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_sharded_by_the_older_class_is_refused_with_the_way_out(tmp_path):
+    model = type("FullyShardedDataParallel", (nn.Sequential,), {})(adapted_net())
+    with pytest.raises(ValueError, match="use torch's fully_shard"):
+        save_adapter(model, tmp_path / "a.pt")
+
+
 def test_a_write_error_leaves_the_old_file_and_another_processes_half_one(tmp_path, monkeypatch, full_disk):
     path = tmp_path / "adapter.pt"
     monkeypatch.setattr(os, "getpid", lambda: 1)
@@ -906,7 +880,9 @@ def test_inside_merged_it_is_a_plain_product_the_file_has_the_adapters_and_after
     model, x = adapted_net(cls), torch.randn(5, 32)
     before, expected = copy.deepcopy(model.state_dict()), model(x)
     with leaves_unchanged(model):
-        with torch.inference_mode(), merged(model) as inside, merged(model):
+        with torch.inference_mode(), merged(model) as inside:
+            with merged(model):
+                pass  # it stays merged
             assert inside is model and model.up_proj.weight is model.up_proj.weight
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

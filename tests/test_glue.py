@@ -1,15 +1,14 @@
 """GLUE: tiny files in the published formats, from a folder and from an address."""
 import os
 import zipfile
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from data import glue
 from data.glue import GLUE, fetch_glue, read_glue
 from data.tasks import load_task
 
-SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data" / "glue"
 A, B = 'He said "no', "one\u2028still\x0b\x85one"  # what csv's quoting and str.splitlines would break
 
 
@@ -143,8 +142,8 @@ def test_what_is_wrong_is_said_with_file_and_line(name, files, words, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/data/glue")
+@pytest.mark.skipif(not (SHARED / "glue").is_dir(), reason="no shared/data/glue")
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb", "rte"])
 def test_real_data_have_the_official_counts(name):
-    task = load_task(name, SHARED)
+    task = load_task(name, SHARED / "glue")
     assert (len(task.train), len(task.validation)) == GLUE[name].counts

@@ -1,15 +1,13 @@
 """The instruct protocol: records and template to the letter, the first answer found, files of records checked."""
 import json
-import os
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from data import instruct
 from data.download import cache_dir
 from data.tasks import COMMONSENSE, commonsense
 
-SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
 QUERY = "Question: Why is it dark?\nAnswer:"
 FOUR = ["it is night", "the lamp is off", "a cloud", "nobody knows"]
 # task: (invented record as the wheel has it, instruction, answer)

@@ -128,16 +128,18 @@ def test_an_encoder_equals_transformers_padded_batches_included(kind, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
-def test_the_log_probabilities_of_answers_are_those_of_each_text_alone(family):
+def test_the_log_probabilities_of_answers_are_those_of_each_text_alone_and_the_loss_is_their_mean(family):
     model, rows, starts = tiny(family), texts(12, 7, 2), (5, 1, 1)
     idx, mask = pad(rows)
     seen = []
     model.lm_head.register_forward_hook(lambda layer, args, out: seen.append(len(args[0])))
-    logprobs = model.answer_logprobs(idx, mask & (torch.arange(12) >= torch.tensor(starts)[:, None]))
+    is_answer = mask & (torch.arange(12) >= torch.tensor(starts)[:, None])
+    logprobs = model.answer_logprobs(idx, is_answer)
     assert seen == [7 + 6 + 1], "lm_head sees no other tokens"
     answers = torch.cat([row[0, start:] for row, start in zip(rows, starts)])
     whole = torch.cat([model(row)[0].log_softmax(-1)[0, start - 1:-1] for row, start in zip(rows, starts)])  # (14, 99)
     close(logprobs, whole[torch.arange(14), answers])
+    close(model(idx, idx.masked_fill(~is_answer, -100).roll(-1, dims=1))[1], -logprobs.mean())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -342,7 +344,6 @@ def test_a_file_cut_short_is_named(gpt2):
 
 @pytest.mark.parametrize("content, message", [
     ('{"model_type": "gpt2"', "not JSON"), ('{"model_type": "mamba"}', "'mamba' is not known; known are gpt2, llama"),
-    ('{"model_type": "gpt2"}', "lacks 'vocab_size'"),
     (json.dumps({**TINY, "activation_function": "mish"}), "activation 'mish' is not known"),
     ('{"model_type": "llama", "rope_scaling": {"type": "dynamic"}}', "RoPE scaling 'dynamic' is not supported"),
     ('{"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}', "lacks 'factor'"),

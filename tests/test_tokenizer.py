@@ -1,14 +1,12 @@
 """The tokenizers equal the field's own on ordinary text, and read the folder's own files or say what is wrong."""
 import json
-import os
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from data.tokenizer import Tokenizer, byte_alphabet
 
-SHARED = Path(os.environ.get("DUAL_LORA_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
 TEXTS = ["", " ", "a", " leading", "trailing ", "two  spaces", "a\n\n b\tc\r\n", "It's 1999, isn't it?",
          "12  12 345 6.78",
          "naïve café — “quotes” …", "日本語 text 你好", "привет ΣΑΣ", "emoji 😀 👩‍👩‍👧", "é ½ ﬁne", "עברית हिन्दी ไทย",
@@ -45,15 +43,7 @@ def write(folder, **files):
 
 
 @published
-def test_gpt2():
-    folder = SHARED / "gpt2_vocab"
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
-    assert_equal(folder, reference(theirs.to_str()))
-
-
-@published
-def test_roberta_whose_ids_are_in_another_order_than_its_merges(tmp_path):
+def test_byte_level_bpe_by_roberta_whose_ids_are_in_another_order_than_its_merges(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = (SHARED / "vocab" / "roberta" / "vocab.json").read_text(encoding="utf-8")
     write(tmp_path, vocab_json=vocab, merges_txt=(SHARED / "gpt2_vocab" / "merges.txt").read_text(encoding="utf-8"))
@@ -64,7 +54,7 @@ def test_roberta_whose_ids_are_in_another_order_than_its_merges(tmp_path):
 
 @published
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_bert(lowercase, tmp_path):
+def test_wordpiece_by_bert(lowercase, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = SHARED / "vocab" / "bert" / "vocab.txt"
     theirs = tokenizers.BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
@@ -98,7 +88,8 @@ SPLIT = {"type": "Sequence", "pretokenizers": [
 def byte_spec(pre_tokenizer=None, **parts):
     """A byte-level tokenizer.json with the bytes at 0 to 255 and a few merges, which tell where words are cut."""
     merges = ["h e", "Ġ he", "1 2", "Ġ 12", "Ġ Ġ", "Ċ Ċ", "ĠĠ 12", "' s"]
-    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *(merge.replace(" ", "") for merge in merges)])}
+    joined = [merge.replace(" ", "") for merge in reversed(merges)]  # ids in another order than merges, as RoBERTa's
+    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *joined])}
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     return {"model": model, "pre_tokenizer": pre_tokenizer or BYTE_LEVEL, **parts}
 
@@ -122,8 +113,7 @@ ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "special": Fals
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
-@pytest.mark.parametrize("token, spelled", [("<e1>", "<e1>"), ("[E1]", "[E1]"), ("Covid", "COVID"), ("lamp", "lamp"),
-                                            ("  ", "  ")])
+@pytest.mark.parametrize("token, spelled", [("<e1>", "<e1>"), ("Covid", "COVID"), ("lamp", "lamp"), ("  ", "  ")])
 def test_a_text_with_an_added_token_is_refused_and_others_have_their_ids(kind, token, spelled, tmp_path):
     spec = wordpiece_spec() if kind == "wordpiece" else byte_spec()
     vocab = spec["model"]["vocab"]
@@ -162,6 +152,7 @@ def test_bos_is_added_only_where_the_folder_says_so(post_processor, config, expe
 
 
 PIECES = "[PAD] [UNK] lamp lam ##p ##s ! 你 [CLS] [SEP] É ##t ##é Lamp e ##你".split()
+VOCAB_TXT = "\n".join(PIECES)
 
 
 def wordpiece_spec(**normalizer):
@@ -187,7 +178,7 @@ def test_wordpiece_is_read_from_tokenizer_json_with_its_settings(normalizer, tmp
     ({"do_lower_case": False}, "Lamp", [13]), ({"strip_accents": False}, "é", [1]), ({}, "é", [14]),
     ({"tokenize_chinese_chars": False}, "lamp你", [2, 15]), ({}, "Lamps! lamp你 lampx", [2, 5, 6, 2, 7, 1])])
 def test_wordpiece_takes_the_longest_piece_after_the_settings_of_tokenizer_config(settings, text, ids, tmp_path):
-    folder = write(tmp_path, vocab_txt="\n".join(PIECES), tokenizer_config_json=settings)
+    folder = write(tmp_path, vocab_txt=VOCAB_TXT, tokenizer_config_json=settings)
     assert Tokenizer(folder).encode(text) == ids
 
 
@@ -196,9 +187,6 @@ def test_without_sentencepiece_the_way_out_is_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="spm.model needs .*: pip install sentencepiece"):
         Tokenizer(write(tmp_path, spm_model="x"))
 
-
-VOCAB_TXT = "\n".join(PIECES)
-LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
 
 
 @pytest.mark.parametrize("files, words", [
@@ -210,12 +198,11 @@ LLAMA_SPEC = {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}
     ({"tokenizer_model": "x", "tokenizer_config_json": {"add_prefix_space": False}}, "add_prefix_space = false"),
     # what cannot be read at all
     ({}, "has no vocabulary that can be read"),
-    ({"tokenizer_json": "{"}, "tokenizer.json is not there, or is not JSON that"),
     ({"vocab_json": {"a": 0}, "merges_txt": "a b\n"}, "vocab.json is not byte-level BPE: a merge makes 'ab'"),
     ({"vocab_txt": "a\nb\n"}, r"vocab.txt has no \[UNK\]"),
     ({"tokenizer_json": byte_spec(normalizer={"type": "NFC"})}, "not supported: NFC"),
-    ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "beside .* type Unigram put the .* spm.model"),
-    ({"tokenizer_json": LLAMA_SPEC}, "beside .* type BPE put the model's tokenizer.model"),
+    ({"tokenizer_json": {"model": {"type": "BPE", "vocab": {"▁": 0}, "merges": []}}}, "beside .* type BPE put the"),
+    ({"spm_model": "x"}, "spm.model is not a sentencepiece model"),
 ])
 def test_what_cannot_be_read_or_would_give_other_ids_is_refused_by_name(files, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:

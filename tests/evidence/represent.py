@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from compare import config, split_spec, table  # noqa: E402
 from data.download import model_folder  # noqa: E402
+from data.runs import finished_run  # noqa: E402
 from data.tasks import load_task  # noqa: E402
 from dual_lora import adapted_layers, merge_adapters, sign_ste  # noqa: E402
 from model import load_pretrained  # noqa: E402
@@ -121,7 +122,7 @@ def shares(T, r, steps=150):
 @torch.no_grad()
 def signal(folder, cut):
     """{what dW is replaced by: [share of dW's squared norm, the metric then]}, for the run in `folder`."""
-    run = train.finished_run(folder)
+    run = finished_run(folder)
     cfg = train.Config(**run["settings"])
     task = load_task(cfg.task, cfg.data_dir, cfg.metric)
     task.validation = task.validation[:cut]
