@@ -174,6 +174,8 @@ def add_trained(cfg, base, kind, n_outputs, file=None):
     has_head = not (isinstance(base, GPT) and kind == "multiple_choice")
     if has_head and cfg.protocol == "instruct":
         raise ValueError(f"--protocol=instruct is for a GPT on multiple choice, and this is {cfg.model} on {kind}")
+    if cfg.method == "linear_probe" and not has_head:
+        raise ValueError("--method=linear_probe trains a head, and a GPT on multiple choice has none")
     torch.manual_seed(cfg.seed)
     model = Classifier(base, n_outputs).to(cfg.device) if has_head else base
     model.requires_grad_(cfg.method == "full")
@@ -312,7 +314,7 @@ def train(cfg):
             print(f"{folder} holds the finished run: {result['metric']} {result['value']:.4f}")
             return result
         print(f"{task.name}: {len(task.train):,} examples to train on, {len(task.validation):,} "
-              f"to validate. {task.note}\n{runs.describe(data)}", flush=True)
+              f"{'held-out ones ' if cfg.held_out else ''}to validate. {task.note}\n{runs.describe(data)}", flush=True)
 
         cfg = pick_device(cfg)
         cfg.model = cfg.model or ("smollm2" if task.kind == "multiple_choice" else "minilm")
@@ -416,8 +418,9 @@ def train(cfg):
             save_atomically({name: p.detach() for name, p in trained.items()}, folder / "adapter.pt")
         runs.note(folder, history, result)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
+    beside = "" if data["commonest"] is None else f", {data['commonest']:.4f} of them of the commonest class"
     print(f"to use it: python train.py --predict=texts.jsonl --out_dir={folder}\n{task.name}, {cfg.method}: "
-          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples")
+          f"{task.metric} {values[task.metric]:.4f} at the last step, on {len(validation):,} examples{beside}")
     return result
 
 
@@ -431,6 +434,10 @@ def print_plan(cfg, model, examples):
           f"{n_all:,} parameters are trained, {100 * n_trained / n_all:.2f} %\n"
           f"examples longer than {cfg.max_length} tokens, which were cut: {sum(e.cut for e in examples):,}\n"
           f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}", flush=True)
+    unset = [name for name in options if name in ENCODERS and name not in cfg.given]
+    if unset:
+        source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
+        print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
         print(f"norm of dW at the start, with its full factor: {min(norms):.1f} to {max(norms):.1f} % of W0's")

@@ -67,7 +67,11 @@ def lock(folder):
     except OSError:  # a file system without locks
         os.close(handle)
         return None
-    return handle
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    os.close(handle)
+    raise ValueError(f"{folder} was removed this moment, by a run that ended there: start again")
 
 
 def read_tensors(path):
@@ -125,8 +129,12 @@ def data_of(task):
     for example in (*task.train, "validation", *task.validation):
         digest.update(json.dumps(example).encode())
     counts = Counter(example.get("label") for example in task.train)
+    commonest = None  # share of the validation data that the training data's commonest class would get right
+    if task.classes:
+        most = counts.most_common(1)[0][0]
+        commonest = sum(example["label"] == most for example in task.validation) / len(task.validation)
     return {"kind": task.kind, "classes": task.classes, "counts": [counts[i] for i in range(len(task.classes))],
-            "n_train": len(task.train), "n_validation": len(task.validation),
+            "n_train": len(task.train), "n_validation": len(task.validation), "commonest": commonest,
             "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
 
 

@@ -199,7 +199,7 @@ def test_no_steps_evaluate_the_base_model(model, task, toys, tmp_path):
 
 def test_held_out_validates_on_training_data(toys, tmp_path, capsys):
     assert run(toys, tmp_path, "--held_out=true")[-1]["n_validation"] == 6
-    assert "54 examples to train on, 6 to validate" in capsys.readouterr().out
+    assert "54 examples to train on, 6 held-out ones to validate" in capsys.readouterr().out
 
 
 def test_evaluations_do_not_change_the_training(toys, tmp_path):
@@ -706,7 +706,7 @@ def test_a_bad_option_is_one_line_and_status_2(option, words, toys, tmp_path, ca
     ("--metric=pearson", "accuracy"), ("--max_length=65", "--max_length=65: this model takes at most 64"),
     ("--protocol=instruct", "is for a GPT on multiple choice"),
     ("--model={toys}/llama --task={toys}/choice --protocol=instruct", 'needs examples with "instruction"'),
-    ("--model={toys}/llama --task={toys}/choice --method=linear_probe", "empty parameter list")])
+    ("--model={toys}/llama --task={toys}/choice --method=linear_probe", "trains a head")])
 def test_what_is_not_there_or_does_not_fit_is_one_line_and_status_1(option, words, toys, tmp_path, capsys):
     assert words in fails([*arguments(toys, tmp_path / "out"), *option.format(toys=toys).split()], 1, capsys)
     assert not (tmp_path / "out").exists()
