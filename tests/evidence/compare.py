@@ -119,7 +119,7 @@ def read_runs(out_dir):
 def find_run(runs, cfg):
     """The run with the options and the data of cfg, or None."""
     return next((run for run in runs
-                 if run["options"] == identity(vars(cfg)) and run.get("data") == data_of_run(cfg)), None)
+                 if identity(run["options"]) == identity(vars(cfg)) and run.get("data") == data_of_run(cfg)), None)
 
 
 def run_all(configs, out_dir, jobs, purpose):
@@ -127,7 +127,7 @@ def run_all(configs, out_dir, jobs, purpose):
     out_dir.mkdir(parents=True, exist_ok=True)
     known = read_runs(out_dir)
     todo = [cfg for cfg in configs if find_run(known, cfg) is None]
-    stale = sum(any(run["options"] == identity(vars(cfg)) for run in known) for cfg in todo)
+    stale = sum(any(identity(run["options"]) == identity(vars(cfg)) for run in known) for cfg in todo)
     print(f"{purpose}: {len(configs)} runs; {len(configs) - len(todo)} are in {out_dir / 'runs.jsonl'}, with the same "
           f"options and data{f'; {stale} are there with other data, and are made again' if stale else ''}", flush=True)
     began = time.time()
