@@ -309,7 +309,7 @@ def train(cfg):
         task = read_task(cfg)
         data = runs.data_of(task)  # kind, classes, counts and a hash of them
         if earlier:
-            runs.check_same_data(folder, earlier, data)
+            runs.check_same(folder, earlier, data)
         if result:
             print(f"{folder} holds the finished run: {result['metric']} {result['value']:.4f}")
             return result
@@ -322,6 +322,9 @@ def train(cfg):
         if cfg.epochs is not None:
             cfg.max_steps = max(1, round(cfg.epochs * n_batches))
         tokenizer, base = load_base(cfg)
+        weights = runs.weights_of(base)
+        if earlier:
+            runs.check_same(folder, earlier, weights)
         cfg = with_defaults(cfg, GPTS if isinstance(base, GPT) else ENCODERS, base.max_length)
         model = add_trained(cfg, base, task.kind, task.n_outputs)
         examples, validation = (encode(cfg, base, tokenizer, part) for part in (task.train, task.validation))
@@ -398,7 +401,7 @@ def train(cfg):
                     runs.note(folder, history, {"step": step, "validation": values})
                     print(f"step {step}: validation {task.metric} {values[task.metric]:.4f}", flush=True)
                 if saving:
-                    save_atomically({"settings": settings_of(cfg), **data, "step": step, "history": history,
+                    save_atomically({"settings": settings_of(cfg), **data, **weights, "step": step, "history": history,
                                      "n_summed": n_summed, "loss_sum": loss_sum.cpu(),
                                      "optimizer": optimizer.state_dict(),
                                      "parameters": {name: p.detach() for name, p in trained.items()}},
@@ -410,7 +413,7 @@ def train(cfg):
             values = evaluate(model, task, validation, tokenizer, device)
         runs.note(folder, history, {"step": step, "validation": values})
         result = {"final": True, "task": task.name, "metric": task.metric, "value": values[task.metric],
-                  "validation": values, **data, "settings": settings_of(cfg),
+                  "validation": values, **data, **weights, "settings": settings_of(cfg),
                   "trainable": sum(p.numel() for p in trained.values())}
         if has_adapters:
             save_adapter(model, folder / "adapter.pt")
@@ -440,7 +443,8 @@ def print_plan(cfg, model, examples):
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
     if "init_std" in options:
         norms = [100 * (layer.adapter.delta_weight().norm() / layer.W0.norm()).item() for layer in adapted(model)]
-        print(f"norm of dW at the start, with its full factor: {min(norms):.1f} to {max(norms):.1f} % of W0's")
+        print(f"norm of dW at the start, with its full factor: {sum(norms) / len(norms):.1f} % of W0's, from "
+              f"{min(norms):.1f} to {max(norms):.1f} % by layer")
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -460,6 +464,7 @@ def load(folder, device="auto"):
     kind, classes = run["kind"], run["classes"]
     cfg = pick_device(Config(**run["settings"] | {"device": device}))
     tokenizer, base = load_base(cfg)
+    runs.check_same(folder, run, runs.weights_of(base))
     model = add_trained(cfg, base, kind, len(classes) or 1, folder / "adapter.pt")
     if adapted(model):
         merge_adapters(model)

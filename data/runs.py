@@ -86,6 +86,10 @@ def read_tensors(path):
 
 def finished_run(folder):
     """The result of the finished run in `folder`, a dict; ValueError where there is none."""
+    if (folder / "checkpoint.pt").exists():
+        checkpoint = read_tensors(folder / "checkpoint.pt")
+        if checkpoint["step"] == checkpoint["settings"]["max_steps"]:  # adapter.pt may be its, metrics.jsonl older
+            raise ValueError(f"{folder} holds a run that was stopped as it ended: --resume=true ends it")
     with contextlib.suppress(OSError, ValueError, IndexError):
         last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         if "final" in last:
@@ -138,16 +142,26 @@ def data_of(task):
             "n_pairs": sum("text_b" in example for example in task.train), "data": digest.hexdigest()[:16]}
 
 
+def weights_of(base):
+    """What is kept of a pre-trained model, a dict, to know it again: a hash of the first numbers of each parameter."""
+    digest = hashlib.sha256()
+    for p in base.parameters():
+        digest.update(str(p.flatten()[:64].tolist()).encode())
+    return {"weights": digest.hexdigest()[:16]}
+
+
 def describe(data):
     """One line: the kind of task, and how many examples to train on each class has."""
+    texts = {0: "single texts", data["n_train"]: "pairs of texts"}.get(data["n_pairs"], "texts and pairs")
     if data["kind"] == "regression":
-        return "regression, since labels have a decimal point"
+        return f"regression, since labels have a decimal point; {texts}"
     if data["kind"] == "multiple_choice":
         return "multiple choice"
     counts = Counter(dict(zip(data["classes"], data["counts"]))).most_common()
     named = ", ".join(f"{str(name)[:40]} {count:,}" for name, count in counts[:8])
-    return (f"classification, {len(counts)} classes: {named}{', ...' if counts[8:] else ''}; the commonest is "
-            f"{counts[0][1] / data['n_train']:.2f} of them")
+    named += ", ..." if counts[8:] else ""
+    return (f"classification, {len(counts)} classes: {named}; the commonest is "
+            f"{counts[0][1] / data['n_train']:.2f} of them; {texts}")
 
 
 # ---- What fits a run -------------------------------------------------------------------------------------------------
@@ -167,11 +181,11 @@ def settings_to_keep(folder, run, cfg):
     return kept
 
 
-def check_same_data(folder, run, data):
-    """ValueError naming the first thing in which `data`, of data_of, differs from what the run in `folder` has kept."""
-    for name, now in data.items():
+def check_same(folder, run, kept):
+    """ValueError naming the first thing in which `kept`, of data_of or weights_of, differs from the run in `folder`."""
+    for name, now in kept.items():
         if run[name] != now:
-            raise ValueError(f"{folder} holds a run on other data: {name} {str(run[name])[:80]} there, "
+            raise ValueError(f"{folder} holds a run on other data or weights: {name} {str(run[name])[:80]} there, "
                              f"{str(now)[:80]} now; --overwrite=true starts anew")
 
 

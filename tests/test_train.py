@@ -504,7 +504,7 @@ def test_a_run_goes_on_with_the_same_data_alone(toys, tmp_path, interrupt, capsy
     before, (a, b) = files(tmp_path / "out"), ("dislikes it", "likes it")
     for labels, words in (({a: "awful", b: b}, f"classes ['{a}', '{b}'] there, ['awful', '{b}'] now"),
                           ({a: 0, b: 1.5}, "kind classification there, regression now"),
-                          ({a: b, b: a}, "other data: ")):
+                          ({a: b, b: a}, "other data or weights: ")):
         relabel(toys / "names", tmp_path / "task", labels)
         error = fails(options, 1, capsys)
         assert words in error and "--overwrite=true starts anew" in error and files(tmp_path / "out") == before
@@ -611,7 +611,8 @@ def test_a_model_that_gives_nan_is_one_line_and_no_number(model, task, more, toy
     options = [*arguments(toys, tmp_path / "out", *more, model=model, task=task), f"--model={tmp_path / 'model'}"]
     assert train.main(options) == 0
     state = torch.load(tmp_path / "model" / "pytorch_model.bin")
-    state[next(name for name in state if "layers.0" in name or "layer.0" in name)].view(-1)[0] = math.nan
+    large = (t for name, t in state.items() if ("layers.0" in name or "layer.0" in name) and t.numel() > 64)
+    next(large).view(-1)[-1] = math.nan  # beyond the numbers that the run knows its model by
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     options = [*options, f"--out_dir={tmp_path / 'broken'}", "--max_steps=0"]
     assert "the model's output is NaN or infinite" in fails(options, 1, capsys)
@@ -620,6 +621,23 @@ def test_a_model_that_gives_nan_is_one_line_and_no_number(model, task, more, toy
     assert train.main(options) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and "the model's output is NaN or infinite" in shown.err
+
+
+def test_other_weights_under_the_runs_model_and_a_run_killed_as_it_ended_are_no_prediction(toys, tmp_path, capsys):
+    shutil.copytree(toys / "bert", tmp_path / "model")
+    options = [*arguments(toys, tmp_path / "out"), f"--model={tmp_path / 'model'}"]
+    assert train.main(options) == 0
+    result = runs.finished_run(tmp_path / "out")
+    checkpoint = {"step": result["settings"]["max_steps"], "settings": result["settings"]}
+    torch.save(checkpoint, tmp_path / "out/checkpoint.pt")
+    with pytest.raises(ValueError, match="was stopped as it ended: --resume=true ends it"):
+        train.load(tmp_path / "out")
+    (tmp_path / "out/checkpoint.pt").unlink()
+    state = torch.load(tmp_path / "model/pytorch_model.bin")
+    next(iter(state.values())).add_(0.01)
+    torch.save(state, tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(ValueError, match="on other data or weights: weights"):
+        train.load(tmp_path / "out")
 
 
 # ---- Schedules and defaults ------------------------------------------------------------------------------------------
@@ -667,20 +685,21 @@ def test_the_first_lines_say_what_the_run_is_of(toys, tmp_path, capsys):
     assert "bert and a new head on cpu in float32: " in shown
     layers = [layer for layer in build(arguments(toys, tmp_path))[3].modules() if isinstance(layer, AdaptedLinear)]
     norms = sorted(100 * (layer.weight - layer.W0).norm().item() / layer.W0.norm().item() for layer in layers)
-    assert f"with its full factor: {norms[0]:.1f} to {norms[-1]:.1f} % of W0's\n" in shown
+    assert f"{sum(norms) / len(norms):.1f} % of W0's, from {norms[0]:.1f} to {norms[-1]:.1f} % by layer\n" in shown
     likes = sum(example["label"] for example in task.train)
     counts = {"kind": "classification", "classes": ["dislikes it", "likes it"], "counts": [60 - likes, likes],
-              "n_train": 60}
+              "n_train": 60, "n_pairs": 0}
     assert f"\n{runs.describe(counts)}\n" in shown
     run(toys, tmp_path / "regression", task="regression")
-    assert "\nregression, since labels have a decimal point\n" in capsys.readouterr().out
+    assert "\nregression, since labels have a decimal point; single texts\n" in capsys.readouterr().out
 
 
 def test_many_classes_are_one_line_that_is_cut():
     counts = list(range(20))
-    data = {"kind": "classification", "classes": [f"c{i}" for i in counts], "counts": counts, "n_train": 190}
+    data = {"kind": "classification", "classes": [f"c{i}" for i in counts], "counts": counts, "n_train": 190,
+            "n_pairs": 0}
     assert runs.describe(data) == ("classification, 20 classes: c19 19, c18 18, c17 17, c16 16, c15 15, c14 14, "
-                                   "c13 13, c12 12, ...; the commonest is 0.10 of them")
+                                   "c13 13, c12 12, ...; the commonest is 0.10 of them; single texts")
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

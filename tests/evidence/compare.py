@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -65,6 +66,8 @@ def parse(arguments):
     for name in PER_RUN:
         if any(option.partition("=")[0] == f"--{name}" for option in options):
             raise ValueError(f"--{name} is set for each run: the options here are --methods, --seeds and --grid")
+    if args.seeds < 0 or args.grid_seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds is 0 or more, --grid_seeds and --jobs are 1 or more")
     if not args.grid and (args.full_grid or args.grid_seeds > 1):
         raise ValueError("--full_grid and --grid_seeds do nothing without --grid")
     for task in args.task.split(","):  # so that a wrong option is noticed before the first run
@@ -163,8 +166,8 @@ def run_in_worker(cfg, out_dir):
 def run_one(cfg, out_dir):
     """Train, look inside, and keep of it one dict."""
     options, data = identity(vars(cfg)), data_of_run(cfg)
-    name = "-".join(f"{key}={value}" for key, value in [*options.items(), ("data", data)])
-    folder = out_dir / "running" / name.replace("/", "_")
+    name = hashlib.sha256(json.dumps([options, data]).encode()).hexdigest()[:16]
+    folder = out_dir / "running" / f"{cfg.method}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     run = {"options": options, "task": options.get("task", cfg.task), "method": cfg.method,
            "learning_rate": cfg.learning_rate, "seed": cfg.seed, "held_out": cfg.held_out, "data": data, "value": None,
@@ -251,6 +254,7 @@ def compare(args, options):
         first = rows[0]["values"] if rows else values
         rows.append({
             "method": method, "values": values,
+            "diverged": {task: sum(run["value"] is None for run in of_method[task]) for task in tasks},
             "rates": {task: of_method[task][0]["learning_rate"] for task in tasks},
             "parameters": max(run.get("trainable", 0) for run in of_method[tasks[0]]),
             "seconds": statistics.mean(run.get("seconds", 0) for run in sum(of_method.values(), [])),
@@ -325,7 +329,8 @@ def markdown(result):
 def spread(row, name):
     values, rate = row["values"][name], row["rates"].get(name)
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}" + (f" ({rate:g})" if rate else "")
+    diverged = f", {row['diverged'][name]} diverged and count as 0" if row["diverged"].get(name) else ""
+    return f"{statistics.mean(values):.4f}{deviation}" + (f" ({rate:g}{diverged})" if rate else "")
 
 
 def in_points(difference, width):
