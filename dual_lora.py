@@ -3,12 +3,12 @@
     W = W0 + dW        dW = s * ReLU(B A) ⊙ Sign(D C)        s = alpha / sqrt(r1 r2)
 
     W0  (out, in)                 the pre-trained weight, frozen
-    A   (r1, in)    B (out, r1)   magnitude: ReLU(BA) is how far each weight moves; where BA < 0 it stays
+    A   (r1, in)    B (out, r1)   magnitude: ReLU(BA) is how far each weight moves; where BA <= 0 it stays
     C   (r2, in)    D (out, r2)   direction: Sign(DC) is +1 or -1
 
 Xu, Li, Yin, Tiwari, Li, Sirasao, Barsoum: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates",
 arXiv 2512.03402. With r1 = r2 = r / 2 it has as many parameters as LoRA of rank r, whose dW is alpha / r * B A. ReLU
-and Sign act on every entry, so dW is not of low rank. For that alone it is not more expressive.
+and Sign act on every entry, so dW is not of low rank. It still has no more free numbers than LoRA's.
 
 An example: r1 = r2 = s = 1, and the gradient G = dL/dW is 0.5 everywhere: each weight should fall, if it can.
 
@@ -29,26 +29,26 @@ One step of SGD at a rate of 0.2, and LoRA's, of rank 1, from the same B and A (
     BA = [ 1.52 -0.88]     DC = [-0.098  1.078]     dW = [-1.52  0   ]     LoRA's dW = [ 2 -1], then [ 1.8 -0.9]
          [-2.09  1.21]          [ 0.11  -1.21 ]          [ 0    -1.21]                 [-2  1]       [-2.2  1.1]
 
-LoRA's first column falls and its second rises: each row of its dW is a multiple of one row, so its two entries cannot
-both fall. Of Dual LoRA's, -1 became -1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero
-there, and the sign turned, a jump by twice the size. The zeros stay, since the ReLU passes them no gradient. They come
-alive when other entries' gradients have moved their row of B or column of A far enough: 27 % of them in train.py's
-default run.
+LoRA's first column falls and its second rises: its rows are multiples of A, and they pull A in opposite ways, so A
+stays. In Dual LoRA's dW, -1 became -1.21: the direction was right, and the size grew. 2 became -1.52: DC was near zero
+there, and the sign turned, a jump by about twice the size. The zeros stay, since the ReLU passes them no gradient. They
+come alive when other entries' gradients have moved their row of B or column of A far enough: 27 % of the zeros in
+train.py's default run.
 
 Step 0. LoRA starts with B = 0, so that dW = 0. Here that would be the end: the ReLU passes no gradient at 0, and none
 of the four would ever move. So A and B start random. With D = 0 it would learn, but all signs would start as -1. So C
-and D start random too. dW is then not zero: half of its entries are active. A factor on it grows from 0 to 1 over the
-first steps (set_warmup; without a call it is 1).
+and D start random too. dW is then not zero: half of its entries are active. A warm-up factor on it grows from 0 to 1
+over the first steps (set_warmup; without a call it is 1).
 
 How to set it. An entry of BA has variance r1 init_std^4, and the ReLU keeps half of its square. So the entries of dW
 start with root mean square alpha init_std^2 / sqrt(2 r2): r1 cancels, and a larger r2 starts smaller. Choose init_std
-for 1 to 20 % of W0's root mean square (README); 0.02 gives a few percent at usual weights. The learning rate needs its
-own search. Divide r evenly, as the paper does: 2 + 6 and 6 + 2 trained as well as 4 + 4. Use a mean loss and no float16
-loss scaler, since the sign's gradient is clipped by value.
+for 1 to 20 % of W0's root mean square (README). The learning rate needs its own search. How r is divided hardly
+mattered: 2 + 6 and 6 + 2 trained as well as the paper's even 4 + 4. Use a mean loss and no float16 loss scaler, since
+the sign's gradient is clipped by value.
 
-How many steps turn a sign. An entry of DC has standard deviation sqrt(r2) init_std^2. A step of Adam moves each factor
-by about the rate lr, and so DC by about lr init_std sqrt(2 r2). That makes about init_std / lr steps: after as many,
-under a steady gradient, about a third of the signs had turned (26 to 40 %), whatever r2, init_std and lr were.
+How many steps turn a sign. An entry of DC has standard deviation sqrt(r2) init_std^2. A step of Adam moves each entry
+of C and D by about the rate lr, and so DC by about lr init_std sqrt(2 r2). That makes about init_std / lr steps: after
+that many, under a steady gradient, about a third of the signs had turned (26 to 40 %), for all settings tried.
 
                      the paper                                           this file
     formula          dW, Sign(0) = -1, the clip, r1 = r2 = r / 2         the same
@@ -114,7 +114,7 @@ class DualLoRA(nn.Module):
         super().__init__()
         self.settings = plain_settings(r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std)
         self.scaling, self.dropout = alpha / math.sqrt(r1 * r2), dropout
-        # None starts at zero: see "Step 0" above.
+        # All four start random: see "Step 0" above.
         self.lora_A = nn.Parameter(cpu_zeros(r1, in_features).normal_(std=init_std))
         self.lora_B = nn.Parameter(cpu_zeros(out_features, r1).normal_(std=init_std))
         self.lora_C = nn.Parameter(cpu_zeros(r2, in_features).normal_(std=init_std))
@@ -145,11 +145,12 @@ class DualLoRA(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """The linear layer that was there, with another class (see adapt): x (..., in) -> adapter(x, W0, bias) (..., out).
+    """The model's own nn.Linear or Conv1D, whose __class__ adapt() has set to this one, so that no module is replaced:
+    x (..., in) -> adapter(x, W0, bias) (..., out).
 
     W0 is the pre-trained weight, the same Parameter. `weight` is no parameter: it reads W0 + dW, for a module that
     takes the weight of its child and never calls it, such as nn.MultiheadAttention. What is written into it is lost,
-    as by peft's merging of an adapter on top.
+    for example when peft merges an adapter on top.
     """
 
     merged_weight = None  # W0 + dW inside `merged`
@@ -224,7 +225,7 @@ def restore(linear):
     return linear
 
 
-# ---- The memory-saving backward pass: the same numbers with less memory. The hard thing in this file. ----------------
+# ---- The memory-saving backward pass: the same numbers with less memory. The hardest part of this file. --------------
 #
 # Plain autograd keeps W_m = ReLU(BA), W_d = Sign(DC) and W for the backward pass, each as large as W0. None needs to be
 # kept: BA and DC are formed again from the small matrices, which is cheap beside the three large products that full
@@ -271,7 +272,7 @@ class DualLinear(torch.autograd.Function):
             for rows in row_blocks(B, A):
                 sW_m, W_d = (sB[rows] @ A).relu_(), sign_(D[rows] @ C)
                 g = G[rows].to(A.dtype)
-                g_m = sW_m.sign().mul_(g).mul_(W_d)  # the sign is [BA > 0]: sW_m is never negative
+                g_m = sW_m.sign().mul_(g).mul_(W_d)  # the sign is [BA > 0], or 0 if s is 0
                 g_d = (sW_m * g).clamp_(-1, 1)
                 dA.addmm_(sB[rows].t(), g_m)
                 dB[rows] = s * (g_m @ A.t())
@@ -282,7 +283,7 @@ class DualLinear(torch.autograd.Function):
         W = G
         gx = gy @ W if ctx.needs_input_grad[0] else None
         gbias = gy_rows.sum(0) if ctx.needs_input_grad[2] else None
-        return gx, gW0, gbias, dA, dB, dC, dD, None
+        return gx, gW0, gbias, dA, dB, dC, dD, None  # autograd casts each to its input's dtype
 
 
 def row_blocks(B, A):
@@ -299,7 +300,7 @@ def in_float32(*factors):
     subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
     size. bfloat16 factors turn 0.04 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
     W0 + dW is rounded besides, where W0 or autocast is bfloat16: by 2 to 3 % of dW if dW is 5 % of W0. The model that
-    trains and the merged model round alike. TF32 (off by default in torch) is left as it is.
+    trains and the merged model round alike (without dropout). TF32 (off by default in torch) is left as it is.
     """
     refuse_narrow(*factors)
     kind = factors[0].device.type
@@ -364,7 +365,7 @@ def apply_adapters(model, targets, adapter=DualLoRA, **settings):
 
 
 def set_warmup(model, factor):
-    """Set the factor on dW of every Dual LoRA adapter. It is in the state, and is saved. ValueError: not 0 to 1."""
+    """Set the warm-up factor of every Dual LoRA adapter; it is saved with them. ValueError if it is not in 0 to 1."""
     if not 0 <= factor <= 1:
         raise ValueError(f"factor is {factor}: it should be from 0 to 1")
     for layer in adapted_layers(model).values():
@@ -538,7 +539,7 @@ def check_layer(linear, name, owners):
             (isinstance(linear, AdaptedLinear), "has an adapter already: merge it, or start from a fresh model"),
             (name.endswith(".base_layer"), "is inside a layer of peft: merge peft's adapter first"),
             (own_forward, f"is a {kind} with its own forward pass, which would be lost"),
-            (taken, f"is a {kind} with its own {', '.join(taken)}, a name that an adapted layer needs"),
+            (taken, f"is a {kind} with its own {', '.join(taken)}, which an adapted layer has no place for"),
             (weight is None, "has a computed weight, as by weight_norm or pruning: remove that first"),
             (not plain, f"has a {type(weight).__name__} as its weight, of {getattr(weight, 'dtype', None)}: "
                         f"dequantise first, and shard a model afterwards"),
@@ -579,7 +580,7 @@ def linear_layers(model):
 
 
 def adapted_layers(model):
-    """{name: AdaptedLinear}. ValueError if there is none: whoever calls a verb expects some."""
+    """{name: AdaptedLinear}. ValueError if there is none: the caller expects some."""
     layers = {plain_name(name): m for name, m in unwrapped(model).named_modules() if isinstance(m, AdaptedLinear)}
     if not layers:
         raise ValueError("the model has no adapters of this dual_lora.py (a reloaded or second copy has its own)")

@@ -5,7 +5,7 @@
     python train.py --task=path/to/folder --method=lora --r=16   # your own train.jsonl; data/jsonl.py has the format
     python train.py --predict=texts.jsonl --out_dir=out/sarcasm-dual_lora
 
-Every option is a line of Config, --name=value sets it. An encoder gets a head on top, and so does a GPT on
+Every option is a line of Config. Set it with --name=value. An encoder gets a head on top, and so does a GPT on
 classification. A GPT on multiple choice learns to continue the question with the right answer.
 A run keeps checkpoint.pt in --out_dir, for --resume=true, and writes its losses to metrics.jsonl. In the end it leaves
 adapter.pt, what was trained, and the result as the last line of metrics.jsonl, for --predict.
@@ -130,7 +130,7 @@ NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
 
 def with_defaults(cfg, measured, longest):
-    """cfg with every option set that does something. measured: a row of the above; longest: the model's most tokens."""
+    """cfg with a default in place of None. measured: ENCODERS or GPTS; longest: the most tokens that the model takes."""
     longest -= NEW_TOKENS if cfg.protocol == "instruct" else 0
     if (cfg.max_length or 0) > longest:
         raise ValueError(f"--max_length={cfg.max_length}: this model takes at most {longest} tokens")
@@ -225,6 +225,7 @@ def compile_training(model):
 def batch_loss(model, kind, batch, pad, device):
     """Sum of the losses of a batch: over examples, or for a GPT on multiple choice over the right answers' tokens."""
     if not isinstance(model, Classifier):
+        # without the mask: padding is on the right, where a causal model does not look
         idx, _, is_answer = collate([example.rows[example.label] for example in batch], pad, device)
         return -model.answer_logprobs(idx, is_answer).sum()
     labels = torch.tensor([example.label for example in batch], device=device)
@@ -266,7 +267,7 @@ def write_answers(model, examples, tokenizer, device, name):
     answers = [None] * len(examples)
     for chosen in batches_by_length([len(example.prompt) + NEW_TOKENS for example in examples]):
         idx, mask = collate_left([examples[i].prompt for i in chosen], tokenizer.pad, device)
-        check_finite(model(idx[:1], mask=mask[:1])[0])  # of one, since generate says nothing of NaN
+        check_finite(model(idx[:1], mask=mask[:1])[0])  # of one prompt, since generate does not notice NaN
         for i, ids in zip(chosen, model.generate(idx, mask, NEW_TOKENS, tokenizer.eos).tolist()):
             ids = ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
             answers[i] = instruct.extract(examples[i].subset or name, tokenizer.decode(ids))
@@ -322,7 +323,7 @@ def train(cfg):
         if cfg.epochs is not None:
             cfg.max_steps = max(1, round(cfg.epochs * n_batches))
         tokenizer, base = load_base(cfg)
-        weights = runs.weights_of(base)
+        weights = runs.weights_of(base)  # a hash of them
         if earlier:
             runs.check_same(folder, earlier, weights)
         cfg = with_defaults(cfg, GPTS if isinstance(base, GPT) else ENCODERS, base.max_length)
@@ -347,7 +348,7 @@ def train(cfg):
             print(f"going on after step {step}", flush=True)
 
         batches, began, first = None, time.time(), step
-        if has_adapters:  # for a run without a step left: of none at all, it is the pre-trained model
+        if has_adapters:  # the loop may have no step left; with max_steps=0 the factor is 0: the pre-trained model
             set_warmup(model, min(1.0, step / max(1, cfg.scale_warmup_steps)))
         # In bfloat16 a CPU's fused attention takes ten times as long as the plain one for its backward pass.
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
@@ -438,6 +439,8 @@ def print_plan(cfg, model, examples):
           f"examples longer than {cfg.max_length} tokens, which were cut: {sum(e.cut for e in examples):,}\n"
           f"{cfg.method}: {', '.join(f'{name} {getattr(cfg, name):g}' for name in options)}", flush=True)
     unset = [name for name in options if name in ENCODERS and name not in cfg.given]
+    if cfg.epochs is not None and "max_steps" in unset:
+        unset.remove("max_steps")
     if unset:
         source = FULL_NAMES["smollm2" if isinstance(getattr(model, "backbone", model), GPT) else "minilm"]
         print(f"{', '.join(unset)}: not set, so as measured on {source}; another model may want others")
@@ -473,7 +476,7 @@ def load(folder, device="auto"):
 
     def predict(examples):
         if not isinstance(examples, (list, tuple)):
-            raise ValueError(f"predict takes a list of examples, predict([...]), and no {type(examples).__name__}")
+            raise ValueError(f"predict takes a list of examples, predict([...]), not a {type(examples).__name__}")
         examples = [runs.as_example(example, run, f"example {i}") for i, example in enumerate(examples)]
         if not examples:
             return []
@@ -495,7 +498,7 @@ def predict_file(cfg):
     run = runs.finished_run(Path(cfg.out_dir))
     lines = read_jsonl(Path("/dev/stdin" if cfg.predict == "-" else cfg.predict), labelled=False)
     examples = [runs.as_example(example, run, where) for where, example in lines]
-    with contextlib.redirect_stdout(sys.stderr):  # what loading says is no prediction
+    with contextlib.redirect_stdout(sys.stderr):  # loading prints messages; standard output is for predictions only
         predict = load(cfg.out_dir, cfg.device)
     with contextlib.suppress(BrokenPipeError):  # whoever reads them, such as head, has enough
         for start in range(0, len(examples), 64):
