@@ -130,7 +130,7 @@ NEW_TOKENS = 32  # of a written answer; LLM-Adapters' number
 
 
 def with_defaults(cfg, measured, longest):
-    """cfg with a default in place of None. measured: ENCODERS or GPTS; longest: the most tokens that the model takes."""
+    """cfg with defaults in place of None. measured: ENCODERS or GPTS; longest: the most tokens that the model takes."""
     longest -= NEW_TOKENS if cfg.protocol == "instruct" else 0
     if (cfg.max_length or 0) > longest:
         raise ValueError(f"--max_length={cfg.max_length}: this model takes at most {longest} tokens")
