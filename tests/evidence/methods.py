@@ -7,8 +7,8 @@
                    These three start from one norm of dW, Dual LoRA's: DC is divided by its rms at the start, and where
                    the ReLU is left out, which takes half of BA's square away, dW is divided by sqrt(2).
     random_start   LoRA of rank r1 + r2 from Dual LoRA's start: B is random too, and the scale of dW is warmed up
-    xnor           Dual LoRA with XNOR-Net's gradient of the sign (arXiv 1603.05279): only where abs(DC) <= 1
-    identity       Dual LoRA with the gradient passed as it is
+    rounded        Dual LoRA in float32 but for W0 + dW, which is rounded to bfloat16, in training and evaluation
+    rounded_all    the same with BA and DC formed from bfloat16 factors, and rounded too
 
 Importing this file adds them to train.METHODS. All but DoRA are by plain autograd.
 """
@@ -22,15 +22,25 @@ import train
 from dual_lora import DualLoRA, LoRA, adapted_layers, in_float32, refuse_narrow, sign_ste
 
 
-class DoRA(LoRA):
+class KnowsW0:
+    """Of a method whose dW depends on W0."""
+
+    def attach(self, linear):
+        self.linear = (linear,)  # in a tuple, since it is no submodule
+
+    def pretrained(self):
+        return self.linear[0].out_in(self.linear[0].W0)
+
+
+class DoRA(KnowsW0, LoRA):
     """DoRA (Liu et al., arXiv 2402.09353): W = m V / |V|, V = W0 + alpha / r * B A, |V| the norm of each row.
 
     lora_magnitude (out,) is m, |W0| at the start. |V| passes no gradient (the paper's section 4.3).
     """
 
     def attach(self, linear):
-        self.linear = (linear,)  # for W0; in a tuple, since it is no submodule
-        self.lora_magnitude = nn.Parameter(linear.out_in(linear.W0).detach().float().norm(dim=1))
+        super().attach(linear)
+        self.lora_magnitude = nn.Parameter(self.pretrained().detach().float().norm(dim=1))
 
     def ratio(self, W0):
         """m / |V| (out,)."""
@@ -39,7 +49,7 @@ class DoRA(LoRA):
 
     def delta_weight(self):
         """dW (out, in) = m V / |V| - W0."""
-        W0 = self.linear[0].out_in(self.linear[0].W0)
+        W0 = self.pretrained()
         return self.ratio(W0)[:, None] * (W0 + super().delta_weight()) - W0
 
     def forward(self, x, W0, bias=None):
@@ -59,12 +69,15 @@ class Ablation(DualLoRA):
 
     def delta_weight(self):
         with in_float32(self.lora_A):
-            W_m = self.magnitude(self.lora_B @ self.lora_A)
-            W_d = self.direction(self.lora_D @ self.lora_C)
+            W_m = self.magnitude(self.product(self.lora_B, self.lora_A))
+            W_d = self.direction(self.product(self.lora_D, self.lora_C))
             return self.warmup * self.scaling * W_m * W_d
 
     def forward(self, x, W0, bias=None):
         return F.linear(x, (W0 + self.delta_weight()).to(W0.dtype), bias)
+
+    def product(self, left, right):
+        return left @ right
 
     def magnitude(self, BA):
         return BA.relu()
@@ -100,20 +113,24 @@ class RandomStart(Ablation):
             return scale * (self.lora_B @ self.lora_A + self.lora_D @ self.lora_C)
 
 
-class Identity(Ablation):
-    def direction(self, DC):
-        return sign_ste(DC).detach() + (DC - DC.detach())
+def rounded(t):
+    """t as bfloat16 holds it, in t's dtype; the gradient passes through."""
+    return t + (t.bfloat16().to(t.dtype) - t).detach()
 
 
-class XNOR(Ablation):
-    def direction(self, DC):
-        inside = DC.clamp(-1, 1)
-        return sign_ste(DC).detach() + (inside - inside.detach())
+class Rounded(KnowsW0, Ablation):
+    def delta_weight(self):
+        return rounded(self.pretrained() + super().delta_weight()) - self.pretrained()
+
+
+class RoundedAll(Rounded):
+    def product(self, left, right):
+        return rounded(rounded(left) @ rounded(right))
 
 
 OPTIONS = train.METHODS["dual_lora"][1]
 ABLATIONS = {"no_relu": NoReLU, "no_sign": NoSign, "loha": LoHa, "random_start": RandomStart,
-             "xnor": XNOR, "identity": Identity}
+             "rounded": Rounded, "rounded_all": RoundedAll}
 train.METHODS["dora"] = (DoRA, train.METHODS["lora"][1])
 train.METHODS.update({name: (adapter, OPTIONS) for name, adapter in ABLATIONS.items()})
 
