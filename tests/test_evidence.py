@@ -286,6 +286,7 @@ def test_a_fit_finds_what_its_method_can_hold_and_comes_near_to_the_best_low_ran
     torch.manual_seed(0)
     found = represent.shares(torch.randn(2, 24, 20), 8)
     assert 0.9 * found["lora"] < found["lora, fitted"] <= found["lora"] + 1e-5
+    assert found["annealed sign"] > 1.05 * found["dual_lora"]
     BA, DC = (torch.randn(2, 24, 2) @ torch.randn(2, 2, 20) for _ in range(2))
     assert represent.shares(BA.relu() * represent.sign_ste(DC), 4)["dual_lora"] > 0.6
     assert represent.shares(BA + DC, 4)["lora"] == pytest.approx(1)

@@ -27,7 +27,7 @@ MARKERS = "osD^vPX"
 NEAR = 0.1  # so much below the best of its panel a run counts as one that learned the task
 NAMES = {"lora": "LoRA", "dual_lora": "Dual LoRA", "no_relu": "no ReLU", "no_sign": "no Sign", "loha": "LoHa: neither",
          "random_start": "LoRA, random start", "full": "full fine-tuning", "dora": "DoRA",
-         "lora, fitted": "LoRA, fitted"}
+         "annealed sign": "Dual LoRA, annealed sign"}
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
 COLUMNS = ("task", "method", "learning_rate", "seed", "held_out")  # of a run, which its options repeat
 

@@ -41,6 +41,7 @@ RATES = {"sarcasm": 2e-4, "stsb": 2e-4, "sst2": 1e-4, "cola": 5e-5, "mrpc": 5e-5
 METHODS = {  # the two products of a method -> its dW
     "lora, fitted": lambda BA, DC: BA + DC,
     "dual_lora": lambda BA, DC: BA.relu() * sign_ste(DC),
+    "annealed sign": lambda BA, DC: BA.relu() * sign_ste(DC),  # see fit
     "no_relu": lambda BA, DC: BA * sign_ste(DC),
     "no_sign": lambda BA, DC: BA.relu() * DC,
     "loha": lambda BA, DC: BA * DC,
@@ -83,12 +84,16 @@ def start_of_fit(T, method, r, start):
         generator = torch.Generator().manual_seed(0)
         return [0.3 * torch.randn(n, *shape, generator=generator) for shape in ((n_out, r), (r, n_in)) * 2]
     D, C = best_low_rank(T.sign() * T.abs().sqrt(), r)
-    signed = method in ("dual_lora", "no_relu")
+    signed = method in ("dual_lora", "annealed sign", "no_relu")
     return [*best_low_rank(T * (D @ C).sign() if signed else T.abs().sqrt(), r), D, C]
 
 
 def fit(T, method, r, start, rate, steps):
-    """The share of each matrix of T (n, out, in) that is captured, the best value on the way; r in each group."""
+    """The share of each matrix of T (n, out, in) that is captured, the best value on the way; r in each group.
+
+    "annealed sign" has tanh(beta DC / std(DC)) in the sign's place while it learns, beta rising from 1 to 1,000 as in
+    memorise.py; the shares are those of the true sign.
+    """
     T = T / T.square().mean((1, 2), keepdim=True).sqrt()
     factors = [p.contiguous().requires_grad_() for p in start_of_fit(T, method, r, start)]
     optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
@@ -96,10 +101,13 @@ def fit(T, method, r, start, rate, steps):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         B, A, D, C = factors
-        error = (METHODS[method](torch.bmm(B, A), torch.bmm(D, C)) - T).square().mean((1, 2))
-        best = torch.maximum(best, 1 - error.detach())
+        BA, DC = torch.bmm(B, A), torch.bmm(D, C)
+        dW = METHODS[method](BA, DC)
+        best = torch.maximum(best, 1 - (dW - T).detach().square().mean((1, 2)))
+        if method == "annealed sign":
+            dW = BA.relu() * torch.tanh(1000 ** min(1, step / (0.7 * steps)) * DC / DC.std())
         optimizer.zero_grad()
-        error.sum().backward()
+        (dW - T).square().mean((1, 2)).sum().backward()
         optimizer.step()
     return best
 
