@@ -198,12 +198,7 @@ def adapt(linear, adapter):
     """
     if isinstance(linear, AdaptedLinear):
         raise ValueError("the layer has an adapter already")
-    device = linear.weight.device
-    for module in adapter.train(linear.training).modules():  # adapter.to(device) would refuse fake tensors
-        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if t.device != device:
-                moved = t.detach().to(device)
-                setattr(module, name, nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved)
+    adapter.train(linear.training).to(linear.weight.device)
     plain_class, linear.__class__ = type(linear), AdaptedLinear
     linear.plain_class, linear.adapter = plain_class, adapter
     linear._parameters = {"W0" if name == "weight" else name: p for name, p in linear._parameters.items()}

@@ -912,6 +912,8 @@ def test_on_a_gpu_w0_waits_in_the_cpus_memory_inside_merged(monkeypatch):
     """By fake tensors, which have a device and no memory."""
     for name in ("uniform_", "kaiming_uniform_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    monkeypatch.setattr(dual_lora, "cpu_zeros", lambda *shape: torch.zeros(shape, device="cuda"))
+    monkeypatch.setattr(DualLoRA, "to", lambda self, device: self)  # which fake tensors refuse
     with torch._subclasses.fake_tensor.FakeTensorMode():
         layer = adapted(nn.Linear(8, 8, device="cuda"))
         W0 = layer.W0
