@@ -3,7 +3,6 @@
     python tests/evidence/draw.py dW OUT.png RUN_DUAL RUN_LORA [LAYER]     # out_dirs of train.py; or a middle layer
     python tests/evidence/draw.py rates OUT.png RUNS.jsonl                 # held-out metric over learning rates
     python tests/evidence/draw.py steps OUT.png RUNS.jsonl                 # metric over steps
-    python tests/evidence/draw.py seeds OUT.png RUNS.jsonl                 # a dot a run
     python tests/evidence/draw.py represent OUT.png represent.json
 
 RUNS.jsonl is what compare.py writes. A line is a run: task, method, learning_rate, seed, held_out, metric, value,
@@ -24,7 +23,6 @@ CORNER = 48  # rows and columns that a heat map shows: more would be finer than 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
-NEAR = 0.1  # so much below the best of its panel a run counts as one that learned the task
 NAMES = {"lora": "LoRA", "dual_lora": "Dual LoRA", "no_relu": "no ReLU", "no_sign": "no Sign", "loha": "LoHa: neither",
          "random_start": "LoRA, random start", "full": "full fine-tuning", "dora": "DoRA",
          "annealed sign": "Dual LoRA, annealed sign"}
@@ -164,35 +162,6 @@ def draw_panels(plt, path, tasks, points_of, xlabel, logarithmic):
     save(plt, figure, path)
 
 
-def by_rate(methods):
-    """{label and learning rate: [runs]}"""
-    rows = {}
-    for label, runs in methods.items():
-        for run in runs:
-            rows.setdefault(f"{label}, at {run['learning_rate']:g}", []).append(run)
-    return rows
-
-
-def draw_seeds(plt, path, tasks):
-    """A panel a task, a row a method and rate, a dot a run; at the right how many runs came near the panel's best."""
-    tasks = {task: by_rate(methods) for task, methods in tasks.items()}
-    heights = [len(methods) for methods in tasks.values()]
-    figure, axes = plt.subplots(len(tasks), 1, figsize=(7, sum(0.36 * n + 0.75 for n in heights)), squeeze=False,
-                                height_ratios=heights, layout="constrained")
-    for axis, (task, methods) in zip(axes.flat, tasks.items()):
-        best = max(run["value"] for runs in methods.values() for run in runs)
-        for row, (label, runs) in enumerate(methods.items()):
-            values = [run["value"] for run in sorted(runs, key=lambda run: run["seed"])]
-            offsets = [row + 0.5 * (i / max(1, len(values) - 1) - 0.5) for i in range(len(values))]
-            axis.plot(values, offsets, "o", markersize=4.5, alpha=0.8, color=COLOURS[row % len(COLOURS)])
-            near = sum(value > best - NEAR for value in values)
-            axis.text(1.01, row, f"{near} of {len(values)}", transform=axis.get_yaxis_transform(), va="center")
-        axis.axvline(best - NEAR, color="#999999", linewidth=0.8, linestyle=":")
-        axis.set(title=task, xlabel=f"{runs[0]['metric']}; right: runs within {NEAR} of the best (dotted line)",
-                 yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
-    save(plt, figure, path)
-
-
 def draw_represent(plt, path, source):
     """A panel a target, a line a method: the captured share over LoRA's rank at equal parameters."""
     rows = json.loads(Path(source).read_text())["shares"]
@@ -222,7 +191,7 @@ def save(plt, figure, path):
 
 def main(arguments):
     kind, *rest = arguments or [""]
-    if len(rest) not in {"dW": (3, 4), "rates": (2,), "steps": (2,), "seeds": (2,), "represent": (2,)}.get(kind, ()):
+    if len(rest) not in {"dW": (3, 4), "rates": (2,), "steps": (2,), "represent": (2,)}.get(kind, ()):
         sys.exit(__doc__.strip())
     try:
         plt = pyplot()
@@ -232,8 +201,6 @@ def main(arguments):
             draw_panels(plt, rest[0], read_runs(rest[1], True), grid_points, "learning rate", logarithmic=True)
         elif kind == "steps":
             draw_panels(plt, rest[0], read_runs(rest[1], False), curve_points, "step", logarithmic=False)
-        elif kind == "seeds":
-            draw_seeds(plt, rest[0], read_runs(rest[1], False))
         else:
             draw_represent(plt, *rest)
     except (ValueError, OSError) as error:
