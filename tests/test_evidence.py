@@ -273,10 +273,10 @@ def test_random_labels_are_learnt_at_the_rate_with_the_lower_loss(tmp_path, monk
     monkeypatch.setattr(labels, "load_task", lambda name: types.SimpleNamespace(train=examples))
     labels.main([f"--out_dir={tmp_path}", "--n=6", "--steps=20", "--seeds=2"])
     shown = {(method, r): rate for method, r, rate, seed in made if seed != labels.GRID_SEED}
-    assert shown == {("lora", 4): 2e-3, ("lora", 2): 2e-3, ("dual_lora", 4): 4e-3} and len(made) == 12
+    assert shown == {("lora", 4): 1e-3, ("lora", 2): 1e-3, ("dual_lora", 4): 4e-3} and len(made) == 15
     assert "| Dual LoRA, 2 + 2 at 0.004 | 1.00 |" in capsys.readouterr().out
     labels.main([f"--out_dir={tmp_path}", "--n=6", "--steps=20", "--seeds=2"])
-    assert len(made) == 12
+    assert len(made) == 15
 
 
 # ---- represent.py and draw.py ----------------------------------------------------------------------------------------
