@@ -3,7 +3,7 @@
     python tests/evidence/labels.py --n=512 --steps=300
 
 all-MiniLM-L6-v2, adapters on q and v; --n headlines, each with one of 8 labels at random. Prints the training loss over
-the steps at all RATES with seed 1000; then, at the rate whose last loss was lower, means over --seeds other seeds.
+the steps at all RATES with seed 1000; then, at the rate whose last loss was lowest, means over --seeds other seeds.
 Every run is a line of --out_dir/runs.jsonl, and is not made again.
 """
 import argparse
