@@ -294,7 +294,7 @@ def in_float32(*factors):
 
     subtle: the sign jumps. Where DC is near zero, a rounding error turns the sign, and dW's entry changes by twice its
     size. bfloat16 factors turn 0.04 to 0.07 % of the signs: dW is wrong by 4 to 5 %, where LoRA's would be by 0.2 %.
-    It cost no accuracy in short runs, but a model should be the same one on every machine.
+    It cost no accuracy in short runs.
     W0 + dW is rounded besides, where W0 or autocast is bfloat16: by 2 to 3 % of dW if dW is 5 % of W0. The model that
     trains and the merged model round alike (without dropout). TF32 (off by default in torch) is left as it is.
     """

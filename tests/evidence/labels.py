@@ -1,6 +1,6 @@
 """Random labels on a real model: how fast is what has no rule learnt by heart?
 
-    python tests/evidence/labels.py --n=512 --steps=300
+    python tests/evidence/labels.py
 
 all-MiniLM-L6-v2, adapters on q and v; --n headlines, each with one of 8 labels at random. Prints the training loss over
 the steps at all RATES with seed 1000; then, at the rate whose last loss was lowest, means over --seeds other seeds.
@@ -73,8 +73,8 @@ def row(name, runs):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=300, help=f"a multiple of {LINES}")
+    parser.add_argument("--n", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000, help=f"a multiple of {LINES}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out_dir", type=Path, default=Path("out/labels"))
     args = parser.parse_args(arguments)
